@@ -76,7 +76,7 @@ def check_integer(name: str, value: object, least: int = 1) -> int:
         QLIPError: it is no integer, or smaller.
     """
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
     if number < least:

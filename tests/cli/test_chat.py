@@ -84,7 +84,7 @@ def test_chat__on_the_keyboard(
     write_image(tmp_path / "one more.png")
     resets: list[int] = []
     monkeypatch.setattr(VisionChat, "reset", lambda self: resets.append(len(asked)))
-    monkeypatch.setattr(VisionChat, "check_image", lambda self, image: load_image(image))
+    monkeypatch.setattr(VisionChat, "load", lambda self, image: load_image(image))
     typed = [
         "first?",
         "",
@@ -132,11 +132,43 @@ def test_chat__an_error_ends_a_question_not_the_conversation(
         (["no/such.png", "--question", "What?"], 2, "no/such.png: no such file"),
         (["--question", "What?", "-m", "no/such/folder"], 1, "no/such/folder: no such folder"),
         (["--question", "What?", "-m", "qlip-nano-64"], 1, "is no vision-language model"),
+        (["--question", "What?", "-m", "qlip-um3-64"], 1, "a UM3 answers with `qlip um3 chat`"),
+        (["--question", "What?", "-m", ""], 1, "the name of the model is empty"),
+        (["", "--question", "What?"], 2, "without a name"),
     ],
 )
 def test_chat__wrong_input_is_one_line(qlip: Command, arguments: list[str], code: int, message: str) -> None:
     ran = qlip("chat", *arguments)
     assert ran.code == code and message in ran.err and len(ran.error_lines) == 1, ran.err
+
+
+def test_chat__a_question_that_cannot_be_answered_does_not_end_the_others(
+    qlip: Command,
+    photos: Path,
+    talker_folder: Path,  # noqa: F811
+) -> None:
+    questions = [
+        one for text in ("<image><image> what?", "What is it?", "<image> and?") for one in ("--question", text)
+    ]
+    ran = qlip("chat", photos / "cat.png", "-m", talker_folder, "--max-tokens", 3, "--json", *questions)
+    assert ran.code == 1 and "question 1: 2 marks <image>" in ran.err and "2 of 3 questions failed" in ran.err
+    assert [one["question"] for one in ran.json["results"]] == ["What is it?"]
+    chat = VisionChat.from_pretrained(talker_folder, device="cpu")
+    assert ran.json["results"][0]["answer"] == chat.ask("What is it?", photos / "cat.png", max_tokens=3)
+    assert [one["input"] for one in ran.json["failures"]] == ["question 1", "question 3"]
+
+
+def test_chat__images_of_equal_names(qlip: Command, photos: Path, tmp_path: Path, asked: list[Any]) -> None:
+    write_image(tmp_path / "other" / "cat.png")
+    images = [photos / "cat.png", tmp_path / "other" / "cat.png", photos / "cat.png"]
+    assert qlip("chat", *images, "--question", "Which?").code == 0
+    assert asked[0][1] == ["cat.png"] * 3
+
+
+def test_chat__without_stdin(qlip: Command, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # as after <&-
+    ran = qlip("chat")
+    assert ran.code == 2 and "no question; give --question" in ran.err
 
 
 def test_chat__json_needs_questions(qlip: Command, monkeypatch: pytest.MonkeyPatch) -> None:

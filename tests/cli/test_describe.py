@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from qlip.cli.image import describe as describe_command
 from qlip.data.sources.folder import FolderImages
 from qlip.modeling.processor import Preprocessing
 from qlip.vlm.chat import VisionChat
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, write_image
 from tests.modeling.test_images import icc_profile
 from tests.vlm.conftest import talker_folder  # noqa: F401
 
@@ -34,8 +37,12 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(VisionChat, "from_pretrained", lambda name, **options: object.__new__(VisionChat))
     monkeypatch.setattr(VisionChat, "answer_batch", answer_batch)
-    monkeypatch.setattr(VisionChat, "preprocessing", Preprocessing((64, 64), 64), raising=False)
+    use(monkeypatch, Preprocessing((64, 64), 64))
     return found
+
+
+def use(monkeypatch: pytest.MonkeyPatch, preprocessing: Preprocessing) -> None:
+    monkeypatch.setattr(VisionChat, "load", lambda self, image: preprocessing.load(image))
 
 
 def test_describe__captions_that_training_reads(
@@ -91,6 +98,7 @@ def test_describe__a_line_that_a_kill_cut_off(qlip: Command, photos: Path, descr
     assert found[0] == {"image": "cat.png", "caption": "mine"}
     assert [row.get("file_name") for row in found[1:]] in (["dog.jpg", "sea/ship.webp"], ["sea/ship.webp", "dog.jpg"])
     assert described == ([2] if tail.endswith("te") else [1])
+    assert ("its last line was cut off and is removed: " + tail in ran.err) == tail.endswith("te")
 
 
 def test_describe__an_image_that_cannot_be_read_is_named(qlip: Command, photos: Path, described: list[int]) -> None:
@@ -117,7 +125,7 @@ def test_describe__colours_as_the_model_reads_them(
         return [""] * len(images)
 
     monkeypatch.setattr(VisionChat, "answer_batch", answer_batch)
-    monkeypatch.setattr(VisionChat, "preprocessing", Preprocessing((64, 64), 64, color_profiles=profiles))
+    use(monkeypatch, Preprocessing((64, 64), 64, color_profiles=profiles))
     ran = qlip("describe", tmp_path / "photos", "-m", "talker")
     assert ran.code == 0, ran.err
     assert shown[0].getpixel((4, 4)) == pytest.approx(colour, abs=8)
@@ -131,6 +139,34 @@ def test_describe__a_broken_line_is_refused_and_stays(qlip: Command, photos: Pat
     (photos / "captions.jsonl").write_text('{"text": "of nothing"}\n')
     ran = qlip("describe", photos, "-m", "talker")
     assert ran.code == 1 and "line 1: names no image" in ran.err and described == []
+    (photos / "captions.jsonl").write_text("my notes, without an end of line")
+    ran = qlip("describe", photos, "-m", "talker")
+    assert ran.code == 1 and "its last line is no caption" in ran.err and described == []
+    assert (photos / "captions.jsonl").read_text() == "my notes, without an end of line"
+
+
+def test_describe__a_line_without_a_caption_is_none(qlip: Command, photos: Path, described: list[int]) -> None:
+    (photos / "captions.jsonl").write_text('{"file_name": "cat.png"}\n{"file_name": "dog.jpg", "text": ""}\n')
+    ran = qlip("describe", photos, "-m", "talker")
+    assert ran.code == 0 and "3 captions in" in ran.out and described == [3]
+
+
+def test_describe__images_of_equal_names(qlip: Command, photos: Path, described: list[int]) -> None:
+    for name in ("cat.jpg", "cat.jpg.png"):
+        write_image(photos / name)
+    ran = qlip("describe", photos, "-m", "talker")
+    assert ran.code == 0 and "5 captions in" in ran.out and "suffix" not in ran.err
+
+
+def test_describe__a_full_disk_is_named(
+    qlip: Command, photos: Path, described: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(describe_command, "flush", full)
+    ran = qlip("describe", photos, "-m", "talker")
+    assert ran.code == 1 and "captions.jsonl: No space left on device; finished captions are kept" in ran.err
 
 
 @pytest.mark.parametrize(

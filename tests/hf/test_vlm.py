@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from qlip import QLIPError, QLIPProcessor
 from qlip.cli.main import run as qlip
-from qlip.hf.chat_template import jinja_of
+from qlip.hf.chat_template import jinja_of, template_fault
 from qlip.hf.vlm import export_vlm
 from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
@@ -97,6 +97,17 @@ def test_export__names_the_files_that_it_wrote_alone(tmp_path: Path, capsys: pyt
         written = {Path(path).name for path in json.loads(capsys.readouterr().out)["files"]}
         assert "config.json" in written and "notes.txt" not in written
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_export__a_template_that_is_no_jinja_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        template_fault("{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}")
+        is None
+    )
+    (tmp_path / "bad.jinja").write_text("one\n{% for m in messages %}{{ m.content ")
+    arguments = ["--llava", str(tmp_path), "--chat-template", str(tmp_path / "bad.jinja"), "-o", str(tmp_path / "out")]
+    assert qlip(["export", "--format", "transformers", *arguments]) == 1
+    assert "bad.jinja: not a Jinja template, line 2: unexpected end of template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

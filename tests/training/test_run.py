@@ -236,7 +236,7 @@ def test_skip_limit__counts_images_not_their_occurrences(
     assert outcome.finished and state["broken"] == 144 // 9 and state["samples"] == 144 - 16
     said = capsys.readouterr().err
     assert said.count(f"broken.jpg of {photos}:") == 2  # when it comes first, and at the end
-    assert "skipped 16 samples of 1 image that could not be read:" in said
+    assert "skipped 16 samples of 1 image that could not be used:" in said
     with pytest.raises(QLIPError, match=r"1 image cannot be read, the limit is 0 \(skip_limit\); .*broken.jpg"):
         run(load_recipe(str(recipe_file), [*options, "skip_limit=0"]), tmp_path / "other", QUIET)
 

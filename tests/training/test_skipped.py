@@ -56,5 +56,5 @@ def test_summary__says_how_many_and_which(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(skipped, "MAX_NAMED", 12)
     found.add(broken(14))
     first, *names, last = found.summary()
-    assert first == "skipped 14 samples of 14 images that could not be read:"
+    assert first == "skipped 14 samples of 14 images that could not be used:"
     assert names[0] == "  0.jpg of photos: truncated" and len(names) == 10 and "and 2 more" in last

@@ -289,12 +289,32 @@ def test_ask__an_answer_ends_where_the_context_ends(chat: VisionChat) -> None:
         ("", [], "an empty question"),
         ("one <image> or <image>?", [Image.new("RGB", (8, 8))], "2 marks <image> in the question for 1 image"),
         ("What?", ["no/such.png"], "no/such.png: no such file"),
+        ("What?", "no/such.png", "no/such.png: no such file"),
+        ("What?", 3, "int is not an image"),
+        (None, [], "a question is a text, not None"),
     ],
 )
-def test_ask__wrong_input(chat: VisionChat, question: str, images: list[Any], message: str) -> None:
+def test_ask__wrong_input(chat: VisionChat, question: Any, images: Any, message: str) -> None:
     with pytest.raises(QLIPError, match=message):
         chat.ask(question, images)
     assert chat.turns == ()
+
+
+def test_ask__one_image_needs_no_list(chat: VisionChat) -> None:
+    image = Image.effect_mandelbrot((64, 64), (-2, -2, 2, 2), 9)
+    answer = chat.ask("What is it?", [image], max_tokens=4)
+    chat.reset()
+    assert chat.ask("What is it?", image, max_tokens=4) == answer
+    with pytest.raises(QLIPError, match="max_tokens True: give an integer"):
+        chat.ask("What is it?", max_tokens=True)
+
+
+def test_from_pretrained__options(talker_folder: Path) -> None:
+    assert VisionChat.from_pretrained(talker_folder, torch_dtype="bfloat16").model.llm.dtype == torch.bfloat16
+    with pytest.raises(QLIPError, match=r"dtpye: no such option of a model \(did you mean 'dtype'"):
+        VisionChat.from_pretrained(talker_folder, dtpye="bfloat16")
+    with pytest.raises(QLIPError, match="dtype int32: no such type of weights"):
+        VisionChat.from_pretrained(talker_folder, dtype=torch.int32)
 
 
 def test_ask__single_turns_are_each_asked_alone(chat: VisionChat, talker: Callable[[], VisionChat]) -> None:

@@ -31,7 +31,7 @@ def test_conversation_file__reads_lists_and_lines(tmp_path: Path, lines: bool, e
     file = pickle.loads(pickle.dumps(ConversationFile(path)))
     assert file.has_images.tolist() == [True, False, True]
     assert [file[0], file[2]] == [FOUND, FOUND] and len(file) == 3 and file.summary() is None
-    assert file[1].images == () and file[1].id == "item 1"
+    assert file[1].images == () and file[1].id == ("line 2" if lines else "item 1")
     with pytest.raises(IndexError):
         file[3]
 
@@ -47,9 +47,13 @@ def test_conversation_file__reads_lists_and_lines(tmp_path: Path, lines: bool, e
             "(7): a turn is not {from: human or gpt, value: text}",
         ),
         (ITEM | {"conversations": [{"from": "gpt"}]}, "(7): a turn is not {from: human or gpt, value: text}"),
-        (ITEM | {"conversations": []}, "7: has no turns"),
+        (ITEM | {"conversations": []}, "7: has no question"),
         (ITEM | {"image": None}, "7: <image> stands 1 times in its questions, but it has 0 images"),
-        (ITEM | {"conversations": [ANSWER]}, "7: <image> stands 0 times in its questions, but it has 1 images"),
+        (ITEM | {"conversations": [ANSWER]}, "7: has no question"),
+        (
+            ITEM | {"conversations": [ANSWER, {"from": "human", "value": "What?"}]},
+            "7: <image> stands 0 times in its questions, but it has 1 images",
+        ),
     ],
 )
 def test_conversation_file__broken_items_are_counted_and_named(tmp_path: Path, item: Any, reason: str) -> None:
@@ -74,7 +78,19 @@ def test_conversation_file__broken_lines_are_named_by_number(tmp_path: Path) -> 
         ("line 3", "line 3: not JSON"),
         ("line 5", "line 5: not JSON"),
     ]
-    assert file.summary() == f"{path}: 2 of 4 items left out; the first: line 3: not JSON"
+    assert file.summary() == f"{path}: 2 of 4 items left out: line 3: not JSON; line 5: not JSON"
+    nameless = {name: one for name, one in ITEM.items() if name != "id"}
+    path.write_text(json.dumps([3] * 12 + [nameless]))
+    file = ConversationFile(path)
+    assert file[0].id == "item 12"  # in the file, not among those that are left
+    summary = file.summary()
+    assert summary is not None and summary.count("; ") == 10 and summary.endswith("; and 2 more")
+
+
+def test_conversation_file__answers_before_the_first_question_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps([ITEM | {"conversations": [ANSWER, ASKED, ANSWER]}]))
+    assert list(ConversationFile(path)) == [FOUND]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +100,8 @@ def test_conversation_file__broken_lines_are_named_by_number(tmp_path: Path) -> 
         (b"[]", "holds no conversation"),
         (b"[ ]", "holds no conversation"),
         (b"[{} {}]", "neither a comma nor the end of the list at byte 4"),
+        (b"[{}][{}]", "more behind the end of the list at byte 3; is it two files in one"),
+        (b"[] {}", "more behind the end of the list"),
         (b"[{},", "not JSON .*write it again"),
         (b'[{"id": "\xff"}]', "holds no conversation; item 0: not JSON"),
         (b"", "holds no conversation"),

@@ -175,7 +175,7 @@ def test_ids__plain_reads_images_and_captions_alone() -> None:
 @pytest.mark.parametrize(
     ("turns", "images", "name", "message"),
     [
-        ((), 0, "v1", "one: has no turns"),
+        ((), 0, "v1", "one: has no question"),
         ((Turn("user", "x"),), 0, "v1", "one: has no answer to learn from"),
         ((Turn("user", "x"), Turn("assistant", "y")), 1, "v1", "<image> stands 0 times in its questions, but it has 1"),
         ((Turn("user", IMAGE * 2), Turn("assistant", "y")), 1, "v1", "<image> stands 2 times"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,25 @@ def test_folder__names_the_text_decoder_whose_weights_it_lacks(tmp_path: Path) -
     assert {name.partition(".")[0] for name in load_file(tmp_path / "vlm/model.safetensors")} == {"projector"}
     batch = rows([[document(1, 1)]], pixels(1))
     assert torch.equal(VisionLanguageModel.from_pretrained(tmp_path / "vlm")(batch), model(batch))
+
+
+def test_folder__another_text_decoder_of_that_name_is_refused(tmp_path: Path) -> None:
+    model = tiny(language_model=str(tmp_path / "llm"))
+    model.config = model.config.model_copy(update={"language_fingerprint": model.llm.fingerprint})
+    model.llm.save_pretrained(tmp_path / "llm")
+    model.save_pretrained(tmp_path / "vlm")
+    assert VisionLanguageModel.from_pretrained(tmp_path / "vlm").llm.fingerprint == model.llm.fingerprint
+    weight = model.llm.output_weight.detach()
+    weight[0, 0] += 1  # one value
+    model.llm.save_pretrained(tmp_path / "llm")
+    with pytest.raises(QLIPError, match=r"llm: is not the text decoder that .*vlm was trained with"):
+        VisionLanguageModel.from_pretrained(tmp_path / "vlm")
+    tiny(vocab_size=290).llm.save_pretrained(tmp_path / "llm")
+    with pytest.raises(QLIPError, match=r"llm: is not the text decoder that .*vlm was trained with"):
+        VisionLanguageModel.from_pretrained(tmp_path / "vlm")
+    shutil.rmtree(tmp_path / "llm")
+    with pytest.raises(QLIPError, match=r"vlm: its text decoder: .*llm: no such folder"):
+        VisionLanguageModel.from_pretrained(tmp_path / "vlm")
 
 
 def changed(folder: Path, into: Path, **changes: object) -> Path:

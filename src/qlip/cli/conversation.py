@@ -29,10 +29,12 @@ def converse(
         first: images before the first message, also after /reset.
         help_text: commands, one line.
         answer: called with a message.
-        check_image: called with the file of /image; raises QLIPError if it cannot be read.
+        check_image: called with an image's file; raises QLIPError if it cannot be read.
         reset: called at /reset.
         draw: called with the text of /draw; None has no such command.
     """
+    for file in first:
+        check_image(file)
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  # keys that edit a line
     note(help_text)
@@ -66,6 +68,11 @@ def converse(
             say(str(error))
 
 
+def is_typed() -> bool:
+    """Return whether messages come from the keyboard."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def lines_of_stdin(noun: str) -> list[str]:
     """Messages on stdin, one per line.
 
@@ -75,7 +82,8 @@ def lines_of_stdin(noun: str) -> list[str]:
     Raises:
         UsageError: there is none.
     """
-    lines = [line.strip() for line in text_of(sys.stdin.buffer.read(), "stdin").splitlines()]
+    read = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    lines = [line.strip() for line in text_of(read, "stdin").splitlines()]
     if not any(lines):
         usage_error(f"no {noun}; give --{noun}, or lines on stdin")
     return [line for line in lines if line]

@@ -36,7 +36,7 @@ class Input:
 
 
 def find(arguments: Sequence[str], suffixes: frozenset[str], noun: str) -> list[Input]:
-    """Return the files that the arguments name, in their order, folders and patterns sorted, each file once.
+    """Return `paths`, each file once, with the names of their results.
 
     Args:
         arguments: files, folders (searched with their subfolders), or glob patterns that the shell did not expand.
@@ -53,7 +53,18 @@ def find(arguments: Sequence[str], suffixes: frozenset[str], noun: str) -> list[
     return _named(list(found.values()))
 
 
+def paths(arguments: Sequence[str], suffixes: frozenset[str], noun: str) -> list[Path]:
+    """Return the files that the arguments name, in their order, folders and patterns sorted; arguments as for `find`.
+
+    Raises:
+        UsageError: no file was found.
+    """
+    return [path for argument in arguments for path, _ in _expand(argument, suffixes, noun)]
+
+
 def _expand(argument: str, suffixes: frozenset[str], noun: str) -> Iterable[tuple[Path, Path]]:
+    if not argument:
+        usage_error(f"an {noun} without a name; give a file, a folder or a pattern")
     path = Path(argument)
     if path.is_dir():
         files = sorted(Path(name) for name in files_under(path))

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -15,16 +16,17 @@ from qlip.errors import QLIPError
 
 Loaded = TypeVar("Loaded")
 Item = TypeVar("Item")
+Named = TypeVar("Named", Input, Path)
 
 THREADS = min(4, os.cpu_count() or 1)
 
 
 def read_ahead(
-    inputs: Sequence[Input], load: Callable[[Input], Loaded], failures: Failures, depth: int = 32
-) -> Iterator[tuple[Input, Loaded]]:
+    inputs: Sequence[Named], load: Callable[[Named], Loaded], failures: Failures, depth: int = 32
+) -> Iterator[tuple[Named, Loaded]]:
     """Yield each input and its loaded form in order, reading up to ``depth`` ahead; report and skip broken inputs."""
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
-    waiting: deque[tuple[Input, Future[Loaded]]] = deque()
+    waiting: deque[tuple[Named, Future[Loaded]]] = deque()
     rest = iter(inputs)
     try:
         while True:
@@ -36,7 +38,7 @@ def read_ahead(
             try:
                 loaded = future.result()
             except (QLIPError, OSError) as error:
-                failures.add(item.path, error)
+                failures.add(item if isinstance(item, Path) else item.path, error)
                 continue
             yield item, loaded
     finally:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+
+from jinja2 import Environment, TemplateSyntaxError
 
 from qlip.vlm.conversations import IMAGE
 from qlip.vlm.templates import BOS, EOS, Template
@@ -22,6 +25,19 @@ FLATTEN = """{%- set flat = namespace(messages=[]) -%}
 {%- set messages = flat.messages -%}
 """
 """Makes texts of the turns, as the templates of text decoders take them."""
+
+
+GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""Marks of the assistant's text, which transformers alone knows."""
+
+
+def template_fault(template: str) -> str | None:
+    """What is wrong with the syntax of a chat template; None if it can be read."""
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
 
 
 def with_images(template: str | None) -> str | None:

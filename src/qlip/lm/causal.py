@@ -6,6 +6,7 @@ states, so that a loss never needs all logits at once. Shapes: B sequences, T po
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -203,6 +204,15 @@ class CausalModel(nn.Module):
         if self._turns is None or self._turns.device != self.device:
             self._turns = causal_frequencies(self.config, self.device)
         return self._turns
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the tensors' names and shapes, and of the first 1,024 values of each as float32."""
+        digest = hashlib.sha256()
+        for name, one in sorted(self.state_dict().items()):
+            values = one.flatten()[:1024].float().cpu().numpy()
+            digest.update(f"{name} {tuple(one.shape)}".encode() + values.astype("<f4").tobytes())
+        return digest.hexdigest()
 
     # ---------------------------------------------------------------- files
 

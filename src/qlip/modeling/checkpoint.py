@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 import tempfile
@@ -38,6 +39,9 @@ PUBLISHED = {name: f"nvidia/{name}" for name in ("QLIP-B-16-256", "QLIP-B-8-256"
 FETCHED = ("smollm2",)
 """Models that `qlip data get` writes to the cache."""
 
+_OPTIONS = frozenset(inspect.signature(snapshot_download).parameters)
+"""Options of ``huggingface_hub``."""
+
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "README.md"]
 _COMPUTED = ("rope.freqs_cos", "rope.freqs_sin", "embeddings.position_ids", "rotary_emb.inv_freq")
 """Endings of tensors that older software stores; they are computed, never loaded."""
@@ -60,6 +64,10 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         QLIPError: no such folder or repository, no permission, or offline and not cached.
     """
     name = str(name)
+    if not name.strip():
+        raise QLIPError('the name of the model is empty; give a folder, a Hub id or "bundled"')
+    if wrong := sorted(set(hub) - _OPTIONS):
+        raise QLIPError(f"{wrong[0]}: no such option of a model{nearest(wrong[0], {'dtype', 'device', *_OPTIONS})}")
     if name in ("bundled", assets.BUNDLED):
         return assets.path(assets.BUNDLED)
     if name in assets.BUNDLED_DECODERS:
@@ -84,6 +92,13 @@ def resolve(name: str | Path, **hub: Any) -> Path:
         )
     with hub_errors(repo_id, "download"):
         return Path(snapshot_download(repo_id, allow_patterns=_WANTED, **hub))
+
+
+def lasting(name: str) -> str:
+    """Name of a checkpoint that is the same from every working folder: a local folder's path becomes absolute."""
+    folder = Path(name).expanduser()
+    ours = name in ("bundled", assets.BUNDLED, *assets.BUNDLED_DECODERS)
+    return str(folder.absolute()) if folder.is_dir() and not ours else name
 
 
 def copy(source: Path, folder: Path, weights: bool = True) -> None:

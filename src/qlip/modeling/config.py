@@ -84,7 +84,10 @@ class Config(BaseModel):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise QLIPError(f"{path}: no such file; {cls.folder} holds config.json and model.safetensors") from None
+            run = path.parent / "model"
+            hint = f"{cls.folder} holds config.json and model.safetensors"
+            hint = f"this is a run, give its model, {run}" if (run / "config.json").is_file() else hint
+            raise QLIPError(f"{path}: no such file; {hint}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise QLIPError(f"{path}: not JSON ({error}); fetch the file again") from None
         return cls.from_dict(values, str(path))

@@ -141,7 +141,7 @@ def pick_dtype(name: str | torch.dtype) -> torch.dtype:
     Raises:
         QLIPError: not a dtype that weights can have.
     """
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:

@@ -87,7 +87,7 @@ class SkippedSamples:
         """How many samples were skipped, and which images; empty if none."""
         if not self.events:
             return []
-        lines = [f"skipped {self.events:,} samples of {self._counted()} that could not be read:"]
+        lines = [f"skipped {self.events:,} samples of {self._counted()} that could not be used:"]
         named = list(self._named.items())
         lines += [f"  {key} of {source}: {reason}" for (source, key), (reason, _) in named[:NAMES_SHOWN]]
         if len(named) > NAMES_SHOWN:

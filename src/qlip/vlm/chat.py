@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qlip import assets
@@ -36,7 +37,7 @@ from qlip.modeling.images import ImageInput
 from qlip.modeling.processor import Preprocessing
 from qlip.vlm.config import IMAGE_ID
 from qlip.vlm.conversations import IMAGE, Conversation, Turn
-from qlip.vlm.images import pixels_of, read_vlm_preprocessing
+from qlip.vlm.images import load, pixels_of, read_vlm_preprocessing
 from qlip.vlm.labels import encode_conversation
 from qlip.vlm.model import VisionLanguageModel
 from qlip.vlm.prompts import NO_LIMIT, last_labels, prompt_of
@@ -118,6 +119,7 @@ class VisionChat:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float32",
+        torch_dtype: str | torch.dtype | None = None,
         **hub: Any,
     ) -> Self:
         """Load a model's folder.
@@ -127,6 +129,7 @@ class VisionChat:
                 id; or "bundled".
             device: such as cpu or cuda; "auto" takes a GPU where there is one.
             dtype: of the weights.
+            torch_dtype: other name for ``dtype``, as in transformers.
             **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
@@ -134,7 +137,7 @@ class VisionChat:
         """
         name = assets.name_of(name_or_path, assets.BUNDLED_TALKER)
         folder = resolve(name, **hub)
-        model = VisionLanguageModel.from_pretrained(folder, dtype=dtype, device=device)
+        model = VisionLanguageModel.from_pretrained(folder, dtype=torch_dtype or dtype, device=device)
         if model.device.type == "cpu" and model.llm.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             pack(model.llm)
         preprocessing = read_vlm_preprocessing(folder, model.config)
@@ -151,7 +154,7 @@ class VisionChat:
     def ask(
         self,
         question: str,
-        images: Sequence[ImageInput] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
         *,
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -163,7 +166,7 @@ class VisionChat:
     def stream(
         self,
         question: str,
-        images: Sequence[ImageInput] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
         *,
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -173,8 +176,8 @@ class VisionChat:
 
         Args:
             question: may hold ``<image>`` where each of the images stands; else they stand before it.
-            images: new images that it is about; earlier ones stay in the conversation, but where the settings say
-                `single_turn` new ones replace them.
+            images: new image or images that it is about; earlier ones stay in the conversation, but where the settings
+                say `single_turn` new ones replace them.
             max_tokens: of the answer, instead of the settings'.
             temperature: instead of the settings'; 0 takes the likeliest tokens.
             seed: of sampled answers.
@@ -188,7 +191,7 @@ class VisionChat:
         """
         self._close()
         sampling = self.settings.sampling(temperature)
-        new = [self._see(image) for image in images or ()]
+        new = [self._see(image) for image in _several(images)]
         alone = self.settings.single_turn
         seen = (new or self._images) if alone else [*self._images, *new]
         user = Turn("user", _with_marks(question, len(seen if alone else new)))
@@ -267,7 +270,7 @@ class VisionChat:
             raise QLIPError(f"{len(images)} images for {len(questions)} questions; give one entry for each")
         conversations = []
         for number, (given, question) in enumerate(zip(images, questions, strict=True)):
-            shown = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+            shown = _several(given)
             turn = Turn("user", _with_marks(question, len(shown)))
             conversations.append(Conversation(f"question {number}", shown, (turn,)))
         return self.answers(
@@ -365,9 +368,9 @@ class VisionChat:
 
     # ---------------------------------------------------------------- steps
 
-    def check_image(self, image: ImageInput) -> None:
-        """Read an image that will be shown. Raises QLIPError if it cannot be read."""
-        self.preprocessing.load(image)
+    def load(self, image: ImageInput) -> Image.Image:
+        """Load an image, which can be shown then. Raises QLIPError if it cannot be."""
+        return load(image, self.preprocessing, self.model.config.pad_images)
 
     def _see(self, image: ImageInput) -> Seen:
         pixels = pixels_of(image, self.preprocessing, self.model.config.pad_images)
@@ -427,8 +430,17 @@ class VisionChat:
         return cache
 
 
+def _several(given: ImageInput | Sequence[ImageInput] | None) -> tuple[ImageInput, ...]:
+    """Images of an argument that may be one image, a list or None."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, list | tuple) else (given,)  # type: ignore[return-value]
+
+
 def _with_marks(question: str, images: int) -> str:
     """Put marks of new images before a question that has none."""
+    if not isinstance(question, str):
+        raise QLIPError(f"a question is a text, not {question!r}")
     if not question.strip():
         raise QLIPError("an empty question; ask something")
     marks = question.count(IMAGE)

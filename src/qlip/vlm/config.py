@@ -36,6 +36,7 @@ class VLMConfig(Config):
         projector: kind of the projector: linear, GELU, linear.
         template: name of the chat template that the model was trained with.
         language_model: folder or Hub id of the text decoder, if its weights are not in this folder.
+        language_fingerprint: of that text decoder, see :attr:`qlip.lm.causal.CausalModel.fingerprint`; None takes any.
         text_config: sizes of the text decoder.
         lora: adapters in this folder, which are added to the text decoder's weights when it is loaded.
     """
@@ -52,6 +53,7 @@ class VLMConfig(Config):
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     template: str = "v1"
     language_model: str | None = None
+    language_fingerprint: str | None = None
     text_config: CausalConfig
     lora: Adapters | None = None
 
@@ -101,7 +103,10 @@ class VLMConfig(Config):
         """See :meth:`Config.from_dict`."""
         kind = values.get("model_type") if isinstance(values, dict) else None
         if kind != MODEL_TYPE:
-            raise QLIPError(f"{where}: model_type {kind!r} is no vision-language model of this package ({MODEL_TYPE})")
+            hint = "; a UM3 answers with `qlip um3 chat`" if (Path(where).parent / "um3.json").is_file() else ""
+            raise QLIPError(
+                f"{where}: model_type {kind!r} is no vision-language model of this package ({MODEL_TYPE}){hint}"
+            )
         if isinstance(text := values.get("text_config"), dict):
             values = values | {"text_config": CausalConfig.from_dict(text, f"{where}: text_config")}
         return super().from_dict(values, where)

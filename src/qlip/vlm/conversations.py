@@ -4,7 +4,8 @@ r"""Conversations about images, and their files: LLaVA's JSON lists, and JSONL w
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
 
 `Conversation` is one of them, `ConversationFile` all of a file. ``image`` may be absent or a list. The text says where
-each image stands, which is where the model has it: LLaVA's own loader moves the image to the front instead.
+each image stands, which is where the model has it: LLaVA's own loader moves the image to the front instead. Answers
+before the first question are left out, as there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from qlip.errors import QLIPError
 
 IMAGE = "<image>"
 """Mark of an image's place in the text of a user's turn."""
+NAMED = 10
+"""Items left out of a file that a message names."""
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -62,10 +65,10 @@ class Conversation:
         """Check order and image marks.
 
         Raises:
-            QLIPError: no turns, a system turn that is not the first, or more or fewer marks than images.
+            QLIPError: no turn, a system turn that is not the first, or more or fewer marks than images.
         """
         if not self.turns:
-            raise QLIPError(f"{self.id}: has no turns")
+            raise QLIPError(f"{self.id}: has no question")
         if any(turn.role == "system" for turn in self.turns[1:]):
             raise QLIPError(f"{self.id}: a system turn that is not the first")
         marks = sum(turn.text.count(IMAGE) for turn in self.turns if turn.role == "user")
@@ -106,7 +109,8 @@ class ConversationFile(Sequence[Conversation]):
             data = self.path.read_bytes()
         except OSError as error:
             raise QLIPError(f"{self.path}: {error.strerror or error}; give LLaVA's JSON or JSONL") from None
-        spans, images, digest = list[tuple[int, int]](), list[bool](), hashlib.sha256()
+        spans, places = list[tuple[int, int]](), list[str]()
+        images, digest = list[bool](), hashlib.sha256()
         for place, begin, end in self._items(data):
             item = data[begin:end]
             try:
@@ -117,12 +121,15 @@ class ConversationFile(Sequence[Conversation]):
                 self.broken.append(BrokenItem(place, f"{place}: not JSON"))
             else:
                 spans.append((begin, end))
+                places.append(place)
                 images.append(bool(found.images))
                 digest.update(item)
         if not spans:
             first = f"; {self.broken[0].reason}" if self.broken else ""
             raise QLIPError(f"{self.path}: holds no conversation{first}")
         self._spans = np.array(spans)  # (n, 2)
+        self._word = places[0].split()[0]
+        self._numbers = np.array([int(place.split()[1]) for place in places])  # in the file
         self.has_images = np.array(images)
         self.fingerprint = digest.hexdigest()[:16]
 
@@ -158,14 +165,15 @@ class ConversationFile(Sequence[Conversation]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         begin, end = self._spans[index].tolist()
-        return parse_conversation(json.loads(self._data[begin:end]), f"item {index}")
+        return parse_conversation(json.loads(self._data[begin:end]), f"{self._word} {self._numbers[index]}")
 
     def summary(self) -> str | None:
-        """Say how many items are left out, and the first one's reason; None if none is."""
+        """Say how many items are left out, which and why; None if none is. At most `NAMED` are named."""
         if not self.broken:
             return None
-        total = len(self) + len(self.broken)
-        return f"{self.path}: {len(self.broken):,} of {total:,} items left out; the first: {self.broken[0].reason}"
+        total, more = len(self) + len(self.broken), len(self.broken) - NAMED
+        named = [one.reason for one in self.broken[:NAMED]] + [f"and {more:,} more"] * (more > 0)
+        return f"{self.path}: {len(self.broken):,} of {total:,} items left out: {'; '.join(named)}"
 
 
 def _items_of_list(text: str, place: int) -> Iterator[tuple[int, int]]:
@@ -179,18 +187,16 @@ def _items_of_list(text: str, place: int) -> Iterator[tuple[int, int]]:
         ValueError: not JSON.
     """
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-    place = space.match(text, place).end()  # type: ignore[union-attr]
-    if text[place : place + 1] == "]":
-        return
-    while True:
+    place = end = space.match(text, place).end()  # type: ignore[union-attr]
+    while text[end : end + 1] != "]":
         _, end = decode(text, place)
         yield place, end
         end = space.match(text, end).end()  # type: ignore[union-attr]
-        if text[end : end + 1] == "]":
-            return
-        if text[end : end + 1] != ",":
+        if text[end : end + 1] not in ("]", ","):
             raise ValueError(f"neither a comma nor the end of the list at byte {end}")
         place = space.match(text, end + 1).end()  # type: ignore[union-attr]
+    if text[end + 1 :].strip(" \t\r\n"):
+        raise ValueError(f"more behind the end of the list at byte {end}; is it two files in one?")
 
 
 def parse_conversation(item: Any, place: str) -> Conversation:
@@ -216,7 +222,9 @@ def parse_conversation(item: Any, place: str) -> Conversation:
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
             raise QLIPError(f"{where}: a turn is not {{from: human or gpt, value: text}}")
-    found = Conversation(name, tuple(images), tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in turns))
+    said = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
+    begin = next((number for number, turn in enumerate(said) if turn.role != "assistant"), len(said))
+    found = Conversation(name, tuple(images), tuple(said[begin:]))
     try:
         found.check()
     except QLIPError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from qlip import assets
 from qlip.errors import QLIPError
 from qlip.files import folder_written_aside
 from qlip.lm.sampling import AnswerSettings
@@ -34,7 +35,7 @@ def merge(run: str | Path, folder: Path, dtype: torch.dtype | None = None) -> Pa
     """
     source = _model_of(run)
     model = VisionLanguageModel.from_pretrained(source)
-    model.config = model.config.model_copy(update={"language_model": None})
+    model.config = model.config.model_copy(update={"language_model": None, "language_fingerprint": None})
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, dtype)
         LLMTokenizer.from_folder(source).save(aside)
@@ -44,7 +45,7 @@ def merge(run: str | Path, folder: Path, dtype: torch.dtype | None = None) -> Pa
 
 
 def _model_of(run: str | Path) -> Path:
-    place = resolve(run)
+    place = resolve(assets.name_of(run, assets.BUNDLED_TALKER))
     found = [place / "model", *sorted(place.glob("checkpoints/step-*"), reverse=True), place]
     for one in found:
         if is_vlm(one):

@@ -235,15 +235,12 @@ class VisionLanguageModel(nn.Module):
         else:
             model.tower = load_tower(config.vision_tower, config.vision_fingerprint, files.name)
         if config.language_model is not None:
-            model.llm = CausalModel.from_pretrained(config.language_model)
-            if (found := model.llm.config.hidden_size) != config.text_config.hidden_size:
-                raise QLIPError(
-                    f"{config.language_model}: its width is {found}, but {files.name} was trained with a text decoder"
-                    f" of width {config.text_config.hidden_size}; restore that decoder"
-                )
+            model.llm = _load_language_model(config, files.name)
         if config.lora is not None:
             merge(model.llm, config.lora, matrices)
-            model.config = config.model_copy(update={"lora": None, "language_model": None})
+            model.config = config.model_copy(
+                update={"lora": None, "language_model": None, "language_fingerprint": None}
+            )
         return model.requires_grad_(True).to(place, kind).eval()
 
     def save_pretrained(
@@ -285,6 +282,23 @@ def load_tower(name: str, fingerprint: str | None = None, where: str = "") -> Vi
             " restore that QLIP"
         )
     return qlip.vision_model.eval()
+
+
+def _load_language_model(config: VLMConfig, where: str) -> CausalModel:
+    """Load the text decoder that a configuration names, and check that it is the one of the training."""
+    name, wanted = str(config.language_model), config.text_config
+    try:
+        model = CausalModel.from_pretrained(name)
+    except QLIPError as error:
+        raise QLIPError(f"{where}: its text decoder: {error}") from None
+    if (found := model.config.hidden_size) != wanted.hidden_size:
+        raise QLIPError(
+            f"{name}: its width is {found}, but {where} was trained with a text decoder of width"
+            f" {wanted.hidden_size}; restore that decoder"
+        )
+    if model.config != wanted or config.language_fingerprint not in (None, model.fingerprint):
+        raise QLIPError(f"{name}: is not the text decoder that {where} was trained with; restore that decoder")
+    return model
 
 
 def load_eye(config: VLMConfig, where: str, dtype: torch.dtype | None) -> Eye:

@@ -98,6 +98,7 @@ def test_stage1__moves_the_projector_alone(stage1: dict[str, Any], tmp_path: Pat
     model = VisionLanguageModel.from_pretrained(train(stage1, tmp_path / "run"))
     llm = CausalModel.from_pretrained(llm_folder)
     assert model.config.language_model == str(llm_folder) and not model.config.own_tower
+    assert model.config.language_fingerprint == llm.fingerprint
     assert all(torch.equal(one, llm.state_dict()[name]) for name, one in model.llm.state_dict().items())
     moved = VisionLanguageModel.from_pretrained(tmp_path / "run/checkpoints/step-00000002")
     assert not torch.equal(moved.projector.state_dict()["0.weight"], model.projector.state_dict()["0.weight"])
@@ -261,7 +262,9 @@ def test_merge__stage1_holds_its_text_decoder(
     assert json.loads(capsys.readouterr().out)["source"].endswith("step-00000004")
     merged = VisionLanguageModel.from_pretrained(tmp_path / "merged")
     stopped = VisionLanguageModel.from_pretrained(tmp_path / "run/checkpoints/step-00000004")
-    assert merged.config.language_model is None and equal(merged.state_dict(), stopped.state_dict())
+    assert merged.config.language_model is merged.config.language_fingerprint is None and equal(
+        merged.state_dict(), stopped.state_dict()
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (tmp_path / "merged" / name).is_file()
     assert AnswerSettings.from_folder(tmp_path / "merged").single_turn  # it knows single questions alone

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip.assets import BUNDLED_TALKER
 from qlip.cli import inputs, options
-from qlip.cli.console import print_json, show, stoppable, usage_error
-from qlip.cli.conversation import converse, lines_of_stdin
+from qlip.cli.console import Failures, print_json, show, stoppable, usage_error
+from qlip.cli.conversation import converse, is_typed, lines_of_stdin
+from qlip.errors import QLIPError
 
 if TYPE_CHECKING:
     from qlip.vlm.chat import VisionChat
@@ -71,8 +71,8 @@ def chat(
     """
     from qlip.cli import models
 
-    found = [str(item.path) for item in inputs.find(images or [], inputs.IMAGES, "image")]
-    typed = not question and sys.stdin.isatty()
+    found = [str(path) for path in inputs.paths(images or [], inputs.IMAGES, "image")]
+    typed = not question and is_typed()
     if typed and as_json:
         usage_error("--json needs questions; give --question, or lines on stdin")
     chat = models.load_talker(model, device, dtype)
@@ -83,17 +83,23 @@ def chat(
                 found,
                 HELP,
                 answer=lambda text, images: _answer(chat, text, images, settings),
-                check_image=chat.check_image,
+                check_image=chat.load,
                 reset=chat.reset,
             )
             return
-        results, shown = list[dict[str, str]](), found
-        for text in question or lines_of_stdin("question"):
-            answer = _answer(chat, text, shown, settings, silent=as_json)
+        results, failures, shown = list[dict[str, str]](), Failures(), found
+        questions = question or lines_of_stdin("question")
+        for number, text in enumerate(questions, start=1):
+            try:
+                answer = _answer(chat, text, shown, settings, silent=as_json)
+            except QLIPError as error:
+                failures.add(f"question {number}", error)
+                continue
             results.append({"question": text, "answer": answer})
             shown = []
     if as_json:
-        print_json({"model": chat.name, "images": found, "results": results})
+        print_json({"model": chat.name, "images": found, "results": results, "failures": failures.found})
+    failures.finish(len(questions), "question")
 
 
 def _answer(chat: VisionChat, question: str, images: list[str], settings: dict[str, Any], silent: bool = False) -> str:

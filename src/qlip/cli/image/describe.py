@@ -18,6 +18,8 @@ from qlip.errors import QLIPError
 from qlip.files import flush
 
 QUESTION = "Describe the image."
+BEGIN = '{"file_name": '
+"""Begin of the lines that are written."""
 
 
 def describe(
@@ -58,13 +60,13 @@ def describe(
     output = output or folder / "captions.jsonl"
     if output.suffix != ".jsonl":
         usage_error(f"{output}: must end in .jsonl")
-    found = inputs.find([str(folder)], inputs.IMAGES, "image")
+    found = inputs.paths([str(folder)], inputs.IMAGES, "image")
     with lock_folder(output.parent, "another command writes captions here; wait for it, or stop it"):
         done = captioned(output)
-        waiting = [item for item in found if _name(item, folder) not in done]
+        waiting = [path for path in found if _name(path, folder) not in done]
         if len(waiting) < len(found):
             note(f"note: {output}: has captions of {plural(len(found) - len(waiting), 'image')}, which are kept")
-        failures, written, numbers = Failures(), 0, {item: number for number, item in enumerate(found)}
+        failures, written, numbers = Failures(), 0, {path: number for number, path in enumerate(found)}
         if waiting:
             chat = models.load_talker(model, device, dtype)
             settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
@@ -72,12 +74,12 @@ def describe(
                 stoppable("finished captions are kept; run the same command to continue"),
                 progress("describing", len(waiting), "images") as bar,
             ):
-                stream = io_pipeline.read_ahead(waiting, lambda item: chat.preprocessing.load(item.path), failures)
+                stream = io_pipeline.read_ahead(waiting, chat.load, failures)
                 for batch in io_pipeline.in_batches(stream, batch_size, lambda _: None):
                     images = [image for _, image in batch]
-                    settings["numbers"] = [numbers[item] for item, _ in batch]
+                    settings["numbers"] = [numbers[path] for path, _ in batch]
                     captions = chat.answer_batch(images, [question] * len(batch), **settings)
-                    names = [_name(item, folder) for item, _ in batch]
+                    names = [_name(path, folder) for path, _ in batch]
                     append(output, dict(zip(names, captions, strict=True)))
                     written += len(batch)
                     bar.advance(len(batch))
@@ -98,20 +100,28 @@ def describe(
 
 
 def append(path: Path, captions: Mapping[str, str]) -> None:
-    """Add the lines of captions by image to a file, and flush it to disk."""
-    lines = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in captions.items()]
-    with path.open("ab") as file:
-        file.write("".join(lines).encode())
-    flush(path)
+    """Add the lines of captions by image to a file, and flush it to disk.
+
+    Raises:
+        QLIPError: the file cannot be written, as on a full disk.
+    """
+    lines = [BEGIN + json.dumps(name) + ', "text": ' + json.dumps(text) + "}\n" for name, text in captions.items()]
+    try:
+        with path.open("ab") as file:
+            file.write("".join(lines).encode())
+        flush(path)
+    except OSError as error:
+        advice = "finished captions are kept; make room, and run the same command to continue"
+        raise QLIPError(f"{path}: {error.strerror or error}; {advice}") from None
 
 
 def captioned(path: Path) -> set[str]:
     """Return the images that a file has captions of, by their names in it; a line cut off at its end is removed.
 
     Raises:
-        QLIPError: a line that is no caption; the file is as it was.
+        QLIPError: a line that names no image; the file is as it was.
     """
-    from qlip.data.sources.base import PATH_FIELDS, field_of
+    from qlip.data.sources.base import PATH_FIELDS, annotation_of, field_of
     from qlip.data.sources.folder import records_in
 
     try:
@@ -121,14 +131,19 @@ def captioned(path: Path) -> set[str]:
     end = data.rfind(b"\n") + 1
     try:
         json.loads(data[end:] or b"{}")
-    except ValueError:  # a killed process left it
-        data = data[:end]
+    except ValueError:
+        begun = data[end:].decode(errors="replace")
+        if not begun.startswith(BEGIN[: len(begun)]):
+            raise QLIPError(f"{path}: its last line is no caption; give another output, or repair the line") from None
+        data = data[:end]  # a killed process left it
+        note(f"note: {path}: its last line was cut off and is removed: {begun}")
     names = set[str]()
     for where, record in records_in(str(path), data):
         field = field_of(record, PATH_FIELDS)
         if field is None or not isinstance(record[field], str):
             raise QLIPError(f"{where}: names no image; give another output, or repair the line")
-        names.add(Path(str(record[field])).as_posix())
+        if annotation_of(record, where, None).captions:
+            names.add(Path(str(record[field])).as_posix())
     with path.open("r+b") as file:
         file.truncate(len(data))
         if data and not data.endswith(b"\n"):
@@ -137,5 +152,5 @@ def captioned(path: Path) -> set[str]:
     return names
 
 
-def _name(item: inputs.Input, folder: Path) -> str:
-    return item.path.relative_to(folder).as_posix()
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()

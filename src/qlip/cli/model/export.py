@@ -10,6 +10,7 @@ import typer
 
 from qlip.cli import options
 from qlip.cli.console import plural, print_json, show, usage_error
+from qlip.errors import QLIPError
 
 
 class Format(StrEnum):
@@ -135,12 +136,15 @@ def _llava(
     from qlip.files import text_of
 
     require("transformers", extra="hf")
+    from qlip.hf.chat_template import template_fault
     from qlip.hf.llava import export_llava
     from qlip.hf.vlm import export_vlm
     from qlip.modeling.checkpoint import resolve
     from qlip.vlm.config import is_vlm
 
     text = None if template is None else text_of(template.read_bytes(), str(template))
+    if text is not None and (fault := template_fault(text)) is not None:
+        raise QLIPError(f"{template}: not a Jinja template, {fault}; repair it")
     kind = getattr(torch, dtype.value)
     if is_vlm(resolve(language)):
         if model != options.DEFAULT_MODEL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from qlip.assets import BUNDLED_UM3
 from qlip.cli import inputs, options
 from qlip.cli.console import print_json, show, stoppable, usage_error
-from qlip.cli.conversation import converse, lines_of_stdin
+from qlip.cli.conversation import converse, is_typed, lines_of_stdin
 from qlip.cli.image.chat import ANSWER_PANEL, Temperature
 from qlip.cli.model import um3_eval
 from qlip.files import write_bytes
@@ -116,8 +115,8 @@ def chat(
     stdin if that is not a terminal. On the keyboard, /image FILE adds an image to the next message, /draw TEXT asks for
     an image, /reset starts again, and /quit ends.
     """
-    found = [item.path for item in inputs.find(images or [], inputs.IMAGES, "image")]
-    typed = not message and sys.stdin.isatty()
+    found = inputs.paths(images or [], inputs.IMAGES, "image")
+    typed = not message and is_typed()
     if typed and as_json:
         usage_error("--json needs messages; give --message, or lines on stdin")
     talk = _Talk(_load(model, tokenizer, device, dtype), output, overwrite, as_json)

@@ -11,7 +11,7 @@ from qlip.lm.causal import CausalModel, config_of
 from qlip.lm.causal_config import CausalConfig
 from qlip.lm.tokenizer import CONFIG, LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
-from qlip.modeling.checkpoint import Files, resolve
+from qlip.modeling.checkpoint import Files, lasting, resolve
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
@@ -175,7 +175,7 @@ def _config(
         grid=(side, side),
         rows=section.rows,
         softmax=section.softmax,
-        vision_tower=section.vision_tower,
+        vision_tower=lasting(section.vision_tower),
         vision_fingerprint=fingerprint,
     )
 

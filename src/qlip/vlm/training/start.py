@@ -15,7 +15,7 @@ from qlip.lm.causal_config import CausalConfig
 from qlip.lm.sampling import AnswerSettings
 from qlip.lm.tokenizer import LLMTokenizer
 from qlip.lm.vocabulary import train_tokenizer
-from qlip.modeling.checkpoint import Files, resolve
+from qlip.modeling.checkpoint import Files, lasting, resolve
 from qlip.modeling.config import QLIPConfig
 from qlip.modeling.model import QLIPModel
 from qlip.modeling.processor import Preprocessing, QLIPProcessor
@@ -87,6 +87,8 @@ def open_start(recipe: VLMRecipe, texts: Callable[[], Iterable[str]]) -> Start:
             template = _template(section, tokenizer)
             llm = CausalModel(section.build(tokenizer.size))
         config = _config(recipe, qlip.config, llm.config, qlip.code_fingerprint, template)
+        if section.llm is not None:
+            config = config.model_copy(update={"language_fingerprint": llm.fingerprint})
         model = VisionLanguageModel.from_parts(config, qlip.vision_model, llm)
         sources = {"tower": section.vision_tower, "llm": section.llm or ""}
     if recipe.data.max_length > (most := model.config.text_config.length):
@@ -143,7 +145,7 @@ def prepare(model: VisionLanguageModel, recipe: VLMRecipe) -> None:
         section = recipe.lora
         update["lora"] = lora.add(model.llm, section.targets, section.rank, section.alpha, section.dropout)
     elif "llm" in recipe.train:
-        update["language_model"] = None
+        update |= {"language_model": None, "language_fingerprint": None}
     model.config = config.model_copy(update=update)
     model.train()
     for name, part in parts.items():
@@ -176,13 +178,13 @@ def _config(
 ) -> VLMConfig:
     section = recipe.model
     return VLMConfig(
-        vision_tower=section.vision_tower,
+        vision_tower=lasting(section.vision_tower),
         vision_fingerprint=fingerprint,
         vision_config=vision.vision_config,
         layer=section.layer,
         pool=section.pool,
         template=template,
-        language_model=section.llm,
+        language_model=None if section.llm is None else lasting(section.llm),
         text_config=text,
     )
 
