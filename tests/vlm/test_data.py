@@ -163,7 +163,6 @@ def test_make_batch__samples_that_teach_nothing_are_named(
     assert len(empty) == 0 and len(empty.skipped) == 1
 
 
-@pytest.mark.parametrize("size", [1, 7, 40, 67])
 def test_see__an_image_that_is_too_long_to_be_made_square_is_named(data: ConversationData, tmp_path: Path) -> None:
     Image.new("L", (20_000, 8)).save(tmp_path / "strip.png")
     padded = replace(data, config=data.config.model_copy(update={"pad_images": True}))
@@ -172,6 +171,7 @@ def test_see__an_image_that_is_too_long_to_be_made_square_is_named(data: Convers
     assert data.see(str(tmp_path / "strip.png")).shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize("size", [1, 7, 40, 67])
 def test_grouped__batches_are_alike_and_no_conversation_is_lost(size: int) -> None:
     rng = np.random.default_rng(size)
     lengths, has_images = rng.integers(1, 100, size), rng.random(size) < 0.6

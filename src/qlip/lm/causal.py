@@ -207,8 +207,10 @@ class CausalModel(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tensors' names and shapes, and of the first 1,024 values of each as float32."""
-        digest = hashlib.sha256()
+        """SHA-256 (hex) of the configuration, and of each tensor's name, shape and first 1,024 values as float32."""
+        config = self.config
+        sizes = (config.num_attention_heads, config.kv_heads, config.rms_norm_eps, config.rope_theta)
+        digest = hashlib.sha256(f"{sizes} {config.rope_scaling}".encode())
         for name, one in sorted(self.state_dict().items()):
             values = one.flatten()[:1024].float().cpu().numpy()
             digest.update(f"{name} {tuple(one.shape)}".encode() + values.astype("<f4").tobytes())

@@ -296,7 +296,7 @@ def _load_language_model(config: VLMConfig, where: str) -> CausalModel:
             f"{name}: its width is {found}, but {where} was trained with a text decoder of width"
             f" {wanted.hidden_size}; restore that decoder"
         )
-    if model.config != wanted or config.language_fingerprint not in (None, model.fingerprint):
+    if model.config.vocab_size != wanted.vocab_size or config.language_fingerprint not in (None, model.fingerprint):
         raise QLIPError(f"{name}: is not the text decoder that {where} was trained with; restore that decoder")
     return model
 
