@@ -31,7 +31,19 @@ def test_um3_chat__answers_of_a_model_and_images_as_files(
     for file, [image] in zip(files, (first, second), strict=True):
         with Image.open(file) as written:
             assert isinstance(image, Image.Image) and written.tobytes() == image.tobytes()
-    assert "exists with other content" in qlip(*command, "--mode", "image", "--message", "a square").err
+    ran = qlip(*command, "--mode", "image", "--message", "a square", "--json")  # a later conversation
+    assert ran.json["results"][0]["answer"] == [{"file": str(tmp_path / "out" / "00002.png")}], ran.err
+
+
+def test_um3_chat__a_message_that_cannot_be_answered_does_not_end_the_others(
+    qlip: Command,
+    um3_folder: Path,  # noqa: F811
+) -> None:
+    command = ["um3", "chat", "-m", um3_folder, "--mode", "text", "--max-tokens", 3, "--json"]
+    ran = qlip(*command, "--message", "a", "--message", "circle " * 2000, "--message", "b")
+    assert ran.code == 1 and "message 2: " in ran.err and "1 of 3 messages failed" in ran.err
+    assert [one["message"] for one in ran.json["results"]] == ["a", "b"]
+    assert [one["input"] for one in ran.json["failures"]] == ["message 2"]
 
 
 def test_um3_chat__messages_as_lines(
@@ -85,8 +97,9 @@ def test_um3_complete__text_or_an_image(qlip: Command, um3_folder: Path, tmp_pat
             "max_tokens 9 cannot hold an image, which has",
         ),
         (["chat", "--message", "a", "--max-tokens", 9], 1, "max_tokens 9 cannot hold an image"),
-        (["complete", "a", "--guidance", "much"], 1, "guidance 'much'"),
+        (["complete", "a", "-o", "a.png", "--guidance", "much"], 1, "guidance 'much'"),
         (["complete"], 1, "an empty prompt; give some text, or an image"),
+        (["complete", "a", "--guidance", 2], 2, "--guidance is of images"),
     ],
 )
 def test_um3__what_cannot_be_is_one_line(
@@ -98,3 +111,10 @@ def test_um3__what_cannot_be_is_one_line(
 ) -> None:
     ran = qlip("um3", *arguments, "-m", um3_folder)
     assert ran.code == code and message in ran.err and len(ran.error_lines) == 1
+
+
+def test_um3__another_kind_of_model_is_named(qlip: Command) -> None:
+    ran = qlip("um3", "complete", "a", "-m", "qlip-talker-64")
+    assert ran.code == 1 and "is no UM3, its model_type is 'qlip_vlm'; `qlip chat` is for talkers" in ran.err
+    ran = qlip("draw", "a red circle", "-m", "qlip-talker-64")
+    assert ran.code == 2 and "is a vision-language model, which draws nothing; ask it with qlip chat" in ran.err

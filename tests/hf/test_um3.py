@@ -103,6 +103,16 @@ def test_export_um3__remote_code_draws_reads_and_interleaves(exported: Path, cha
     assert found[0, len(chat.encode("a")) :].tolist() == new
 
 
+def test_export_um3__remote_code_refuses_what_cannot_hold_an_image(chat: UM3Chat, remote: Any) -> None:
+    ids = torch.tensor([chat.encode("a red circle")])
+    for mode in ("image", "interleaved"):
+        with pytest.raises(ValueError, match=f"max_new_tokens 10: an image has {chat.model.config.image_length} ids"):
+            remote.generate(ids, generation_mode=mode, max_new_tokens=10)
+    long = torch.full((1, chat.model.config.decoder.length), 5)
+    with pytest.raises(ValueError, match="leave no room for an image; shorten the prompt"):
+        remote.generate(long, generation_mode="image")
+
+
 def test_export_um3__remote_code_guides(exported: Path, chat: UM3Chat, remote: Any) -> None:
     prompt = chat.encode("a red circle")
     found = remote.generate(

@@ -159,6 +159,21 @@ def test_chat__samples_as_the_paper_unless_the_folder_says_otherwise(tmp_path: P
     (tmp_path / "generation_config.json").write_text('{"top_p": 0.5, "image_guidance_scale": 3}')
     settings = UM3Settings.from_folder(tmp_path)
     assert settings.sampling() == Sampling(1.0, top_p=0.5) and settings.image_guidance_scale == 3
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1.0}')
+    with pytest.raises(QLIPError, match=r"generation_config.json: temperature -1.0"):
+        UM3Settings.from_folder(tmp_path)
+
+
+def test_chat__arguments_of_another_type(chat: UM3Chat) -> None:
+    config = chat.model.config
+    assert chat.guidance(2) == Constant(2)
+    with pytest.raises(QLIPError, match="prompts: give a list of prompts, not a str"):
+        chat.generate("hi")  # type: ignore[arg-type]
+    ids = torch.zeros(1, config.image_length, dtype=torch.int64)
+    wrong: list[Any] = [[[1, 2]], None, ids[0], ids[None], ids.bool(), ids.float()]
+    for one in wrong:
+        with pytest.raises(QLIPError, match=f"ids must be an integer tensor .B, {config.image_length}., got"):
+            chat.decode_image_tokens(one)
 
 
 def test_chat__another_qlip_is_refused(loaded: UM3Chat) -> None:

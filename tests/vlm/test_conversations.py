@@ -101,6 +101,7 @@ def test_conversation_file__answers_before_the_first_question_are_left_out(tmp_p
         (b"[ ]", "holds no conversation"),
         (b"[{} {}]", "neither a comma nor the end of the list at byte 4"),
         (b"[{}][{}]", "more behind the end of the list at byte 3; is it two files in one"),
+        (b"[" * 100_000, "not JSON .*write it again"),
         (b"[] {}", "more behind the end of the list"),
         (b"[{},", "not JSON .*write it again"),
         (b'[{"id": "\xff"}]', "holds no conversation; item 0: not JSON"),

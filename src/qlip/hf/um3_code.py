@@ -134,6 +134,12 @@ class UM3Mixin:
         fields = self.um3
         if generation_mode not in ("text", "image", "interleaved"):
             raise ValueError(f"generation_mode {generation_mode!r}: give text, image or interleaved")
+        wanted, budget = fields.image_length, options.get("max_new_tokens")
+        if generation_mode != "text" and budget is not None and budget < wanted + 2 * (generation_mode != "image"):
+            raise ValueError(f"max_new_tokens {budget}: an image has {wanted} ids, besides its begin and end")
+        room = self.config.max_position_embeddings - input_ids.shape[1]
+        if generation_mode == "image" and room <= wanted:
+            raise ValueError(f"{input_ids.shape[1]} ids leave no room for an image; shorten the prompt")
         if pixel_values is not None:
             input_ids = input_ids.masked_scatter(input_ids < 0, self.image_ids(pixel_values))
         if attention_mask is None:

@@ -200,12 +200,17 @@ class AnswerSettings(BaseModel):
         """Read the settings of a folder; the defaults if it has none.
 
         Raises:
-            QLIPError: a broken file, or values of another type.
+            QLIPError: a broken file, or values of another type or out of range.
         """
         path = folder / FILE
         if not path.is_file():
             return cls()
-        return validate_json(cls, path.read_bytes(), str(path), remedy="fetch it again, or delete it")
+        found = validate_json(cls, path.read_bytes(), str(path), remedy="fetch it again, or delete it")
+        try:
+            found.sampling()
+        except QLIPError as error:
+            raise QLIPError(f"{path}: {error}") from None
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the settings that are not the defaults; no file if there are none."""

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from qlip.errors import QLIPError
 from qlip.files import write_text
 from qlip.lm.causal_config import CausalConfig, TokenId
-from qlip.modeling.config import Config, Positive
+from qlip.modeling.config import Config, Positive, model_type_of
 from qlip.modeling.indices import MAX_GROUP_BITS
 
 FILE = "um3.json"
@@ -129,6 +129,11 @@ class UM3Config(Config):
             QLIPError: a file is absent or not JSON, or its values do not fit each other.
         """
         path = folder / FILE
+        kind = model_type_of(folder)
+        if str(kind).startswith("qlip") and not path.is_file():
+            raise QLIPError(
+                f"{folder}: is no UM3, its model_type is {kind!r}; `qlip chat` is for talkers, `qlip draw` for drawers"
+            )
         decoder = CausalConfig.from_file(folder / "config.json")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

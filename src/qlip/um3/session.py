@@ -164,7 +164,7 @@ class UM3Chat:
         generation_mode: Mode = "interleaved",
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | float | None = None,
         seed: int = 0,
     ) -> Iterator[str | Image.Image]:
         """Continue the conversation by a prompt, and answer piece by piece.
@@ -276,7 +276,7 @@ class UM3Chat:
         generation_mode: Mode = "interleaved",
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | float | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
     ) -> list[Answer]:
@@ -293,6 +293,8 @@ class UM3Chat:
         Raises:
             QLIPError: an image that cannot be read, or a context or `max_tokens` that cannot hold an image.
         """
+        if not isinstance(prompts, list | tuple):
+            raise QLIPError(f"prompts: give a list of prompts, not a {type(prompts).__name__}")
         found = generate(
             self.model,
             [self.encode(one) for one in prompts],
@@ -308,9 +310,10 @@ class UM3Chat:
 
     # ---------------------------------------------------------------- ids
 
-    def guidance(self, given: Guidance | None = None) -> Guidance:
-        """Return the given guidance, or else the settings'."""
-        return Constant(self.settings.image_guidance_scale) if given is None else given
+    def guidance(self, given: Guidance | float | None = None) -> Guidance:
+        """Return the given guidance, of which a number is the scale at all tokens, or else the settings'."""
+        given = self.settings.image_guidance_scale if given is None else given
+        return Constant(given) if isinstance(given, int | float) else given
 
     def encode(self, prompt: Prompt, before: Sequence[int] = ()) -> list[int]:
         """Ids of a prompt.
@@ -388,6 +391,9 @@ class UM3Chat:
             QLIPError: another number of ids, or ids of other than images.
         """
         config, model = self.model.config, self.codec.model
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise QLIPError(f"ids must be an integer tensor (B, {config.image_length}), got {got}")
         indices = regroup(indices_of(config, ids), model.group_size, from_group_size=config.group_size)
         found = list[Image.Image]()
         for some in indices.to(model.device).split(DECODED_AT_ONCE):

@@ -117,7 +117,7 @@ class ConversationFile(Sequence[Conversation]):
                 found = parse_conversation(json.loads(item), place)
             except QLIPError as error:
                 self.broken.append(BrokenItem(place, str(error)))
-            except ValueError:  # also for bytes that are not UTF-8
+            except (ValueError, RecursionError):  # also for bytes that are not UTF-8, and brackets without end
                 self.broken.append(BrokenItem(place, f"{place}: not JSON"))
             else:
                 spans.append((begin, end))
@@ -140,7 +140,7 @@ class ConversationFile(Sequence[Conversation]):
             try:
                 for number, span in enumerate(_items_of_list(data.decode("latin-1"), data.index(b"[") + 1)):
                     yield f"item {number}", *span
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise QLIPError(f"{self.path}: not JSON ({error}); write it again") from None
             return
         for number, line in enumerate(data[begin:].split(b"\n"), start=1):

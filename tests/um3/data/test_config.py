@@ -48,6 +48,7 @@ def test_kinds__are_those_with_a_source() -> None:
     [
         ({}, "no source"),
         ({"text": ALL["text"], "mixture": {"text": (0, 0)}}, "at step 0 the ratios of text sum to nothing"),
+        (ALL | {"mixture": {"text": (1e308, 1), "image_to_text": 1e308}}, "sum to too much; give smaller ones"),
         ({"text": ALL["text"], "mixture": {"text": (1, 0)}}, "at step 10,000 the ratios of text sum to nothing"),
         ({"images": [{}]}, "give one of tokens"),
         ({"images": [{"scenes": "captioned", "templates": "cifar"}]}, "templates is used only with tokens"),

@@ -20,6 +20,8 @@ def test_read_interleaved__keeps_order_and_names_faults(tmp_path: Path) -> None:
         ["x", {"image": "a", "more": 1}],
         [" "],
         [{"image": "b"}],
+        ["half \ud800"],
+        [{"image": "\ud800"}],
     ]
     path = jsonl(tmp_path / "a.jsonl", lines)
     found = list(read_interleaved(path, {"a", "b"}, builder()))
@@ -33,5 +35,7 @@ def test_read_interleaved__keeps_order_and_names_faults(tmp_path: Path) -> None:
         'line 5: 3 is neither a text nor {"image": ...}',
         """line 6: {'image': 'a', 'more': 1} is neither a text nor {"image": ...}""",
         "line 7: the document is empty",
+        "line 9: a text has half a surrogate pair",
+        "line 10: a text has half a surrogate pair",
     ]
     assert list(texts_of(path))[:3] == ["Two", " birds.", "Then"]

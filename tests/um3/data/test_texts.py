@@ -24,7 +24,9 @@ def read(pattern: Any, **options: Any) -> tuple[list[str], list[str]]:
 
 def test_read_texts__of_json_lines(tmp_path: Path) -> None:
     path = jsonl(
-        tmp_path / "a.jsonl", [{"text": "one\ntwo"}, "!{oops", {"text": " "}, {"text": 3}, [1], {}, {"text": "é"}]
+        tmp_path / "a.jsonl",
+        [{"text": "one\ntwo"}, "!{oops", {"text": " "}, {"text": 3}, [1], {}, {"text": "é"}]
+        + [{"text": "half \ud800"}, "!" + "[" * 100_000],
     )
     texts, faults = read(path)
     assert texts == ["one\ntwo", "é"]
@@ -34,6 +36,8 @@ def test_read_texts__of_json_lines(tmp_path: Path) -> None:
         f"{path}: line 4: 'text' is a int, not a text",
         f"{path}: line 5: not an object with 'text'",
         f"{path}: line 6: has no 'text'",
+        f"{path}: line 8: the text has half a surrogate pair",
+        f"{path}: line 9: not JSON",
     ]
 
 

@@ -130,6 +130,7 @@ def draw(
     from qlip.um3 import UM3Chat
     from qlip.um3.config import is_um3
     from qlip.um3.drawing import UM3Drawing
+    from qlip.vlm.config import is_vlm
 
     benchmark = draw_suite.Request(suite, suite_data, split, limit)
     benchmark.check([*(prompts or ()), *(class_names or ())], output, num_images)
@@ -156,6 +157,8 @@ def draw(
         sampling = sampling if top_k is None else replace(sampling, top_k=top_k)
         draw_suite.draw_suite(benchmark, UM3Drawing(chat, seed, schedule, sampling), output, as_json)
         return
+    if is_vlm(resolve(model)):
+        usage_error(f"--model {model}: is a vision-language model, which draws nothing; ask it with qlip chat")
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
     sampling, schedule = drawer.settings.sampling(temperature, top_k), drawer.schedule(schedule)
     tokens = drawer.decoder.config.num_tokens

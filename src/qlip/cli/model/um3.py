@@ -10,10 +10,11 @@ import typer
 
 from qlip.assets import BUNDLED_UM3
 from qlip.cli import inputs, options
-from qlip.cli.console import print_json, show, stoppable, usage_error
+from qlip.cli.console import Failures, print_json, show, stoppable, usage_error
 from qlip.cli.conversation import converse, is_typed, lines_of_stdin
 from qlip.cli.image.chat import ANSWER_PANEL, Temperature
 from qlip.cli.model import um3_eval
+from qlip.errors import QLIPError
 from qlip.files import write_bytes
 
 if TYPE_CHECKING:
@@ -133,12 +134,18 @@ def chat(
                 draw=lambda text, images: talk.say([*map(Path, images), text], drawing),
             )
             return
-        results = list[dict[str, Any]]()
-        for text in message or lines_of_stdin("message"):
-            results.append({"message": text, "answer": talk.say([*found, text], settings)})
+        results, failures = list[dict[str, Any]](), Failures()
+        messages = message or lines_of_stdin("message")
+        for number, text in enumerate(messages, start=1):
+            try:
+                results.append({"message": text, "answer": talk.say([*found, text], settings)})
+            except QLIPError as error:
+                failures.add(f"message {number}", error)
+                continue
             found = []
     if as_json:
-        print_json({"model": talk.chat.name, "results": results})
+        print_json({"model": talk.chat.name, "results": results, "failures": failures.found})
+    failures.finish(len(messages), "message")
 
 
 @app.command()
@@ -177,6 +184,8 @@ def complete(
 
     if output is not None:
         outputs.check_image_name(output)
+    elif guidance is not None:
+        usage_error("--guidance is of images; give --output too, or leave it out")
     chat = _load(model, tokenizer, device, dtype)
     mode = GenerationMode.text if output is None else GenerationMode.image
     settings = _settings(chat, mode, max_tokens, temperature, guidance, seed)
@@ -219,7 +228,8 @@ class _Talk:
                     found.append({"text": part})
                 said = part
             else:
-                file = self.folder / f"{self.count:05d}.png"
+                while (file := self.folder / f"{self.count:05d}.png").exists() and not self.overwrite:
+                    self.count += 1  # of an earlier conversation
                 outputs.write_new(file, outputs.png(part), self.overwrite, folder=self.folder)
                 self.count += 1
                 found.append({"file": str(file)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -175,10 +176,9 @@ class DataSection(Section):
         ratios = self.mixture.ratios(step)
         found = {kind: ratios[kind] for kind in self.kinds}
         total = sum(found.values())
-        if not total:
-            raise QLIPError(
-                f"mixture: at step {step:,} the ratios of {', '.join(found)} sum to nothing; give one above 0"
-            )
+        if not 0 < total < math.inf:
+            what = "too much; give smaller ones" if total else "nothing; give one above 0"
+            raise QLIPError(f"mixture: at step {step:,} the ratios of {', '.join(found)} sum to {what}")
         return {kind: one / total for kind, one in found.items()}
 
     def unread(self) -> dict[str, str]:

@@ -118,7 +118,7 @@ class FileImages:
         check_fingerprint(self.config, self.codec.model.code_fingerprint, self.config.vision_tower)
 
     def __contains__(self, name: object) -> bool:
-        return True  # a file that is not there is a fault when it is read
+        return (self.folder / str(name)).is_file()
 
     @torch.no_grad()
     def __call__(self, names: Sequence[str]) -> list[Tensor | str]:

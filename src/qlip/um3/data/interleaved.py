@@ -12,7 +12,7 @@ from typing import Any
 
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.stored import IMAGE
-from qlip.um3.data.texts import Broken, files_of, json_lines
+from qlip.um3.data.texts import Broken, files_of, is_unicode, json_lines
 
 SUFFIXES = (".jsonl",)
 
@@ -44,7 +44,7 @@ def texts_of(pattern: str) -> Iterator[str]:
     for file in files_of(pattern, SUFFIXES):
         for _, item in json_lines(file):
             if isinstance(item, list):
-                yield from (one for one in item if isinstance(one, str) and one)
+                yield from (one for one in item if isinstance(one, str) and one and is_unicode(one))
 
 
 def _fault(item: Any, images: Container[str]) -> str | None:
@@ -52,11 +52,14 @@ def _fault(item: Any, images: Container[str]) -> str | None:
     if not isinstance(item, list):
         return 'not a list of texts and {"image": ...}'
     for one in item:
-        if isinstance(one, dict) and list(one) == ["image"] and isinstance(one["image"], str):
-            if one["image"] not in images:
-                return f"there is no image {one['image']!r}"
-        elif not isinstance(one, str):
+        reference = isinstance(one, dict) and list(one) == ["image"]
+        text = one["image"] if reference else one
+        if not isinstance(text, str):
             return f'{str(one)[:70]} is neither a text nor {{"image": ...}}'
+        if not is_unicode(text):
+            return "a text has half a surrogate pair"
+        if reference and text not in images:
+            return f"there is no image {text!r}"
     if not any(isinstance(one, dict) or one.strip() for one in item):
         return "the document is empty"
     return None

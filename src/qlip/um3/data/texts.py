@@ -62,14 +62,25 @@ def read_texts(pattern: str, field: str = "text") -> Iterator[str | Broken]:
 def read_file(file: str, field: str = "text") -> Iterator[str | Broken]:
     """Iterate over the texts of a file; see `read_texts`."""
     for where, found in _documents(file, field):
-        usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip())
+        usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip() and is_unicode(found))
         yield found if usable else Broken(where, f"{where}: {_fault(found, field)}")  # type: ignore[misc]
 
 
 def _fault(found: object, field: str) -> str:
     if found is None:
         return f"has no {field!r}"
-    return "the text is empty" if isinstance(found, str) else f"{field!r} is a {type(found).__name__}, not a text"
+    if not isinstance(found, str):
+        return f"{field!r} is a {type(found).__name__}, not a text"
+    return "the text has half a surrogate pair" if found.strip() else "the text is empty"
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: JSON may hold half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_lines(file: str) -> Iterator[tuple[str, Any]]:
@@ -84,7 +95,7 @@ def json_lines(file: str) -> Iterator[tuple[str, Any]]:
         where = f"{file}: line {number:,}"
         try:
             yield where, json.loads(line)
-        except ValueError:  # also for bytes that are not UTF-8
+        except (ValueError, RecursionError):  # also for bytes that are not UTF-8, and brackets without end
             yield where, Broken(where, f"{where}: not JSON")
 
 
