@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from jinja2 import Environment, TemplateSyntaxError
-
 from qlip.vlm.conversations import IMAGE
 from qlip.vlm.templates import BOS, EOS, Template
 
@@ -32,7 +30,9 @@ GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 
 
 def template_fault(template: str) -> str | None:
-    """What is wrong with the syntax of a chat template; None if it can be read."""
+    """Fault in the syntax of a chat template, in one line; None if it can be read."""
+    from jinja2 import Environment, TemplateSyntaxError
+
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
     except TemplateSyntaxError as error:
