@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qlip import QLIPError, QLIPModel
-from qlip.errors import QLIPWarning
 from qlip.data.loader.feed import PositionFeed
 from qlip.data.loader.sampler import BLOCK, ScheduledMixture
+from qlip.errors import QLIPWarning
 from qlip.um3.batch import KINDS, UM3Batch
 from qlip.um3.data.config import DataSection
 from qlip.um3.data.feed import MakeBatch, first_texts, open_feed
