@@ -128,8 +128,7 @@ class ConversationFile(Sequence[Conversation]):
             first = f"; {self.broken[0].reason}" if self.broken else ""
             raise QLIPError(f"{self.path}: holds no conversation{first}")
         self._spans = np.array(spans)  # (n, 2)
-        self._word = places[0].split()[0]
-        self._numbers = np.array([int(place.split()[1]) for place in places])  # in the file
+        self._places = np.array(places, "S")  # in the file, such as b"item 3"
         self.has_images = np.array(images)
         self.fingerprint = digest.hexdigest()[:16]
 
@@ -165,7 +164,7 @@ class ConversationFile(Sequence[Conversation]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         begin, end = self._spans[index].tolist()
-        return parse_conversation(json.loads(self._data[begin:end]), f"{self._word} {self._numbers[index]}")
+        return parse_conversation(json.loads(self._data[begin:end]), self._places[index].decode())
 
     def summary(self) -> str | None:
         """Say how many items are left out, which and why; None if none is. At most `NAMED` are named."""

@@ -105,7 +105,7 @@ def append(path: Path, captions: Mapping[str, str]) -> None:
     Raises:
         QLIPError: the file cannot be written, as on a full disk.
     """
-    lines = [BEGIN + json.dumps(name) + ', "text": ' + json.dumps(text) + "}\n" for name, text in captions.items()]
+    lines = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in captions.items()]
     try:
         with path.open("ab") as file:
             file.write("".join(lines).encode())

@@ -144,7 +144,8 @@ def draw(
     part.check(suite is not None, one_sheet, output)
     schedule = None if guidance is None else parse(guidance)
     start = time.perf_counter()
-    if is_um3(resolve(model)):
+    folder = resolve(model)
+    if is_um3(folder):
         if suite is None:
             usage_error(
                 f"--model {model}: is a UM3, which qlip draw runs with --suite alone; draw a prompt with"
@@ -157,7 +158,7 @@ def draw(
         sampling = sampling if top_k is None else replace(sampling, top_k=top_k)
         draw_suite.draw_suite(benchmark, UM3Drawing(chat, seed, schedule, sampling), output, as_json)
         return
-    if is_vlm(resolve(model)):
+    if is_vlm(folder):
         usage_error(f"--model {model}: is a vision-language model, which draws nothing; ask it with qlip chat")
     drawer = Drawer.from_pretrained(model, tokenizer=tokenizer, device=device, dtype=dtype.value)
     sampling, schedule = drawer.settings.sampling(temperature, top_k), drawer.schedule(schedule)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import Any
 
+from qlip.files import encodable
 from qlip.um3.data.documents import DocumentBuilder
 from qlip.um3.data.stored import IMAGE
-from qlip.um3.data.texts import Broken, files_of, is_unicode, json_lines
+from qlip.um3.data.texts import Broken, files_of, json_lines
 
 SUFFIXES = (".jsonl",)
 
@@ -44,7 +45,7 @@ def texts_of(pattern: str) -> Iterator[str]:
     for file in files_of(pattern, SUFFIXES):
         for _, item in json_lines(file):
             if isinstance(item, list):
-                yield from (one for one in item if isinstance(one, str) and one and is_unicode(one))
+                yield from (one for one in item if isinstance(one, str) and one and encodable(one) == one)
 
 
 def _fault(item: Any, images: Container[str]) -> str | None:
@@ -56,7 +57,7 @@ def _fault(item: Any, images: Container[str]) -> str | None:
         text = one["image"] if reference else one
         if not isinstance(text, str):
             return f'{str(one)[:70]} is neither a text nor {{"image": ...}}'
-        if not is_unicode(text):
+        if encodable(text) != text:
             return "a text has half a surrogate pair"
         if reference and text not in images:
             return f"there is no image {text!r}"

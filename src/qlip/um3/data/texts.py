@@ -16,7 +16,7 @@ from qlip.data.sources.parquet import open_table, rows_of
 from qlip.data.storage.retry import unreadable
 from qlip.data.storage.storage import Storage, is_remote, local_path
 from qlip.errors import QLIPError, require
-from qlip.files import refuse_special
+from qlip.files import encodable, refuse_special
 
 PLAIN = (".txt", ".md")
 SUFFIXES = (".parquet", ".jsonl", *PLAIN)
@@ -62,7 +62,7 @@ def read_texts(pattern: str, field: str = "text") -> Iterator[str | Broken]:
 def read_file(file: str, field: str = "text") -> Iterator[str | Broken]:
     """Iterate over the texts of a file; see `read_texts`."""
     for where, found in _documents(file, field):
-        usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip() and is_unicode(found))
+        usable = isinstance(found, Broken) or (isinstance(found, str) and found.strip() and encodable(found) == found)
         yield found if usable else Broken(where, f"{where}: {_fault(found, field)}")  # type: ignore[misc]
 
 
@@ -72,15 +72,6 @@ def _fault(found: object, field: str) -> str:
     if not isinstance(found, str):
         return f"{field!r} is a {type(found).__name__}, not a text"
     return "the text has half a surrogate pair" if found.strip() else "the text is empty"
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded: JSON may hold half a surrogate pair, which cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def json_lines(file: str) -> Iterator[tuple[str, Any]]:
