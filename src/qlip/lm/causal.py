@@ -25,7 +25,15 @@ from qlip.lm.cross_entropy import linear_cross_entropy
 from qlip.lm.export import block_of_stock_layer, stock_layer
 from qlip.lm.export.lingua import is_lingua, lingua_config, lingua_weights, own_lingua_weights, write_params
 from qlip.lm.rotary import causal_frequencies, turn_table
-from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask, document_mask, padded_mask
+from qlip.lm.transformer import (
+    DecoderBlock,
+    DecoderLayers,
+    DocumentRuns,
+    RMSNorm,
+    causal_mask,
+    document_mask,
+    padded_mask,
+)
 from qlip.modeling import checkpoint
 from qlip.modeling.parts import BlockGroups
 from qlip.runtime.machine import pick_device, pick_dtype
@@ -124,8 +132,8 @@ class CausalModel(nn.Module):
             embeddings: (B, T, D).
             positions: (B, T) int64; by default counted from each document's first position, or behind the cache.
             documents: (B, T) int64, a number per document and -1 for padding: a position sees itself and the earlier
-                ones of its own document. None is one document without padding. With a cache all that is not padding
-                belongs to the cached document.
+                ones of its own document, which stands in one piece. None is one document without padding. With a cache
+                all that is not padding belongs to the cached document.
             cache: keys and values of earlier positions; it is advanced.
             hidden_states: list to which every block's output is appended.
 
@@ -149,9 +157,11 @@ class CausalModel(nn.Module):
             if positions is None:
                 positions = ((~cache.padding).cumsum(1) - 1).clamp_(min=0)[:, past:]
         elif cache is None and documents is not None:
-            mask = document_mask(documents, embeddings.dtype)
             if positions is None:
                 positions = positions_within(documents)
+            if embeddings.device.type == "cpu":
+                return self._packed_hidden(embeddings, positions, documents, hidden_states)
+            mask = document_mask(documents, embeddings.dtype)
         else:
             mask = causal_mask(steps, past, None, embeddings.dtype, embeddings.device)
             if positions is None:
@@ -161,6 +171,29 @@ class CausalModel(nn.Module):
         if cache is not None:
             cache.advance(steps)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _packed_hidden(
+        self, embeddings: Tensor, positions: Tensor, documents: Tensor, hidden_states: list[Tensor] | None
+    ) -> Tensor:
+        """`hidden` on CPUs: documents follow one another in one row, without the padding, whose states are 0."""
+        real = (documents >= 0).flatten().nonzero()[:, 0]
+        if not len(real):
+            return 0 * embeddings
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        runs = DocumentRuns.of(begins.flatten()[real])
+        states: list[Tensor] | None = None if hidden_states is None else []
+        x = embeddings.flatten(0, 1).index_select(0, real)[None]
+        x = self.norm(
+            self.layers.run(x, turn_table(positions.flatten()[real], self._frequencies()), runs, None, states)
+        )
+
+        def spread(row: Tensor) -> Tensor:
+            return row.new_zeros(documents.numel(), row.shape[-1]).index_copy(0, real, row[0]).view(embeddings.shape)
+
+        if hidden_states is not None and states is not None:
+            hidden_states += [spread(one) for one in states]
+        return spread(x)
 
     def logits(self, hidden: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
         """Logits (..., V) of states (..., D), or those of the ids from ``begin`` up to ``end`` alone."""

@@ -20,7 +20,7 @@ from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.causal import CausalModel
 from qlip.lm.heads import FlatHead
 from qlip.lm.model import DecoderModel
-from qlip.lm.transformer import DecoderAttention, DecoderBlock, DecoderLayers, RMSNorm, grouped_attention
+from qlip.lm.transformer import DecoderAttention, DecoderBlock, DecoderLayers, Mask, RMSNorm, grouped_attention
 from qlip.modeling.int8 import Int8Linear, Rounding
 
 Weights = Literal["float32", "int8", "plain"]
@@ -123,7 +123,7 @@ class PackedBlock(nn.Module):
         self,
         x: Tensor,
         table: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | StaticCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -143,7 +143,7 @@ class PackedBlock(nn.Module):
         x = x + self.wo(merged.transpose(1, 2).flatten(-2))
         return self._fed(x)
 
-    def step(self, x: Tensor, turns: Tensor, mask: Tensor | None, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def step(self, x: Tensor, turns: Tensor, mask: Mask, slot: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Run the block on one new position, with the same result as `forward` in fewer operations.
 
         Args:
@@ -178,7 +178,7 @@ class PackedLayers(DecoderLayers):
         self,
         x: Tensor,
         table: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | StaticCache | None = None,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:

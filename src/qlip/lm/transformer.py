@@ -5,6 +5,9 @@ Names of the weights are LlamaGen's. Shapes: B sequences, S positions, D width, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +16,78 @@ from qlip.lm.cache import KVCache, StaticCache
 from qlip.lm.rotary import rotate
 from qlip.modeling.attention import attention
 from qlip.modeling.transformer import Block
+
+RUN_STEP = 64
+"""Documents of one call of the attention differ in length by less."""
+
+
+@dataclass(frozen=True)
+class DocumentRuns:
+    """Where documents stand that follow one another in one row, so that each can attend to itself alone.
+
+    With a dense mask, all pairs of positions would be multiplied; two documents that fill a row need a quarter of them.
+
+    Attributes:
+        shapes: n and L of n documents of at most L positions that attend in one call.
+        places: (P,) int64, positions of these documents, call by call; the ends of shorter ones repeat their last
+            position.
+        repeated: int64, where repetitions stand in `places`.
+        slots: (T,) int64, where each position stands in `places`.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Tensor
+    repeated: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, begins: Tensor) -> DocumentRuns:
+        """Runs of documents of a row; `begins` is bool (T,), True at the first position of each."""
+        starts = begins.nonzero()  # (documents, 1)
+        lengths = torch.diff(starts, dim=0, append=starts.new_tensor([[len(begins)]]))
+        sizes = lengths[:, 0] // RUN_STEP
+        shapes, parts, real = [], [], []
+        for size in sizes.unique():
+            start, length = starts[sizes == size], lengths[sizes == size]
+            inside = torch.arange(int(length.max()))
+            shapes.append((len(start), len(inside)))
+            parts.append((start + torch.minimum(inside, length - 1)).flatten())
+            real.append((inside < length).flatten())
+        places, kept = torch.cat(parts), torch.cat(real)
+        slots = torch.empty(len(begins), dtype=torch.int64)
+        slots[places[kept]] = kept.nonzero()[:, 0]
+        return cls(tuple(shapes), places, (~kept).nonzero()[:, 0], slots)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Documents (n, H, L, d), call by call, of heads (1, H, T, d)."""
+        rows = _Moved.apply(x[0].transpose(0, 1), self.places, self.slots, None)  # type: ignore[no-untyped-call]
+        parts = rows.split([documents * length for documents, length in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def merge(self, parts: list[Tensor]) -> Tensor:
+        """Heads (1, H, T, d) of documents (n, H, L, d), call by call."""
+        rows: Tensor = torch.cat([one.transpose(1, 2).flatten(0, 1) for one in parts])  # (P, H, d)
+        rows = _Moved.apply(rows, self.slots, self.places, self.repeated)  # type: ignore[no-untyped-call]
+        return rows.transpose(0, 1)[None]
+
+
+class _Moved(torch.autograd.Function):
+    """Rows of a tensor by number. Its gradient is taken by number too, since PyTorch's own adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: Tensor, back: Tensor, unused: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, unused)
+        return x.index_select(0, numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        back, unused = ctx.saved_tensors
+        found = gradients[0].index_select(0, back)
+        return (found if unused is None else found.index_fill_(0, unused, 0.0)), None, None, None
+
+
+Mask: TypeAlias = Tensor | DocumentRuns | None
+"""Who sees whom; see `DecoderBlock.forward`."""
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +126,7 @@ class DecoderAttention(nn.Module):
         self.k_norm = RMSNorm(head_width, eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | StaticCache | None = None, layer: int = 0
+        self, x: Tensor, table: Tensor, mask: Mask, cache: KVCache | StaticCache | None = None, layer: int = 0
     ) -> Tensor:
         """(B, S, D) to (B, S, D); see :class:`DecoderBlock`."""
         q, k, v = self.wqkv(x).split(self.sizes, -1)
@@ -68,8 +143,10 @@ class DecoderAttention(nn.Module):
         return self.wo(merged.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
     """Causal attention of fewer key-value heads; each serves H / H_kv consecutive query heads."""
+    if isinstance(mask, DocumentRuns):
+        return _document_attention(q, k, v, mask, dropout)  # type: ignore[no-any-return]
     repeats, steps = q.shape[1] // k.shape[1], q.shape[2]
     if steps == 1 < repeats:  # one position sees all: the queries of a group are rows over the same keys
         grouped = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)  # (B, H_kv, repeats, d)
@@ -78,6 +155,12 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     return attention(q, k, v, mask=mask, causal=mask is None and steps > 1, dropout=dropout)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # shapes differ from batch to batch
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, runs: DocumentRuns, dropout: float) -> Tensor:
+    split = zip(runs.split(q), runs.split(k), runs.split(v), strict=True)
+    return runs.merge([grouped_attention(*one, None, dropout) for one in split])
 
 
 class FeedForward(nn.Module):
@@ -129,7 +212,7 @@ class DecoderBlock(Block):
         self,
         x: Tensor,
         table: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | StaticCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -138,8 +221,8 @@ class DecoderBlock(Block):
         Args:
             x: (B, S, D).
             table: rotary table of these positions, (S, d / 2, 2) or (B, S, d / 2, 2).
-            mask: additive, broadcastable to (B, H, S, positions so far), with the causal part; None is causal without
-                padding, and then a cache must be empty or S 1.
+            mask: additive, broadcastable to (B, H, S, positions so far), with the causal part, or without a cache the
+                documents' runs; None is causal without padding, and then a cache must be empty or S 1.
             cache: keys and values of earlier positions, to which these are added.
             layer: number of this layer in the cache.
 
@@ -159,7 +242,7 @@ class DecoderLayers(nn.ModuleList):
         self,
         x: Tensor,
         table: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | StaticCache | None = None,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
