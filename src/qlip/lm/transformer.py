@@ -23,7 +23,7 @@ RUN_STEP = 64
 
 @dataclass(frozen=True)
 class DocumentRuns:
-    """Where documents stand that follow one another in one row, so that each can attend to itself alone.
+    """Places of documents that follow one another in one row, so that each can attend to itself alone.
 
     With a dense mask, all pairs of positions would be multiplied; two documents that fill a row need a quarter of them.
 
