@@ -36,7 +36,6 @@ from qlip.evaluation.run.scene_answers import collect
 from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
-from qlip.tokens.image_codec import ImageCodec
 from qlip.training.recipe import apply_override, check_recipe
 from qlip.training.recipe_schema import RunRecipe
 from qlip.um3.data.config import DataSection
@@ -137,19 +136,16 @@ def train(values: Values, validation: Values, options: argparse.Namespace, folde
 
     try:
         with timed.trained(values, options.cpu_seconds, folder.with_name("running"), measures, POINTS) as done:
-            task: Any = done.job.task
-            codec = ImageCodec.from_pretrained(task.um3.config.vision_tower, device="cpu")
-            with done.applied():
-                found = measured(UM3Chat(task.um3.eval(), task.start.tokenizer, codec), validation, options)
             done.export(folder)
     except QLIPError as error:
         return {"broke": str(error), "curve": [[0.0, 0, *one] for one in points]}
+    chat = UM3Chat.from_pretrained(folder, device="cpu")  # apart from blocks that training compiled
     rows = done.curve.points[-1][1]
     return {
-        "parameters": sum(one.numel() for one in task.um3.parameters()),
+        "parameters": chat.model.decoder.num_parameters(),
         "curve": done.curve.points,
         "text_ids": text_ids(values, int(rows)),
-        **found,
+        **measured(chat, validation, options),
     }
 
 
