@@ -178,7 +178,7 @@ class CausalModel(nn.Module):
         """`hidden` on CPUs: documents follow one another in one row, without the padding, whose states are 0."""
         real = (documents >= 0).flatten().nonzero()[:, 0]
         if not len(real):
-            return 0 * embeddings
+            real = real.new_zeros(1)  # the layers run, as those of other ranks do
         begins = torch.ones_like(documents, dtype=torch.bool)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         runs = DocumentRuns.of(begins.flatten()[real])
