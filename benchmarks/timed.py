@@ -29,7 +29,7 @@ from qlip.training.log.eval_context import evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.training.optim.ema import EMA
 from qlip.training.parallel.distributed import Parallel
-from qlip.training.recipe import check_recipe
+from qlip.training.recipe import apply_override, check_recipe
 from qlip.training.state.checkpoints import Checkpoints
 from qlip.training.trainer import Trainer
 
@@ -39,10 +39,12 @@ Measure = Callable[[], Sequence[float]]
 """Held-out measurement of the model that trains, in eval mode."""
 
 
-def load(name: str) -> dict[str, Any]:
-    """Values of a packaged recipe, or of its file."""
+def load(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Values of a packaged recipe, or of its file, changed by ``key=value``, as ``qlip train`` takes them."""
     path = recipes.path(name) or Path(name)
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for one in overrides:
+        apply_override(values, one)
     return values
 
 

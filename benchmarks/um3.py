@@ -36,7 +36,7 @@ from qlip.evaluation.run.scene_answers import collect
 from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
-from qlip.training.recipe import apply_override, check_recipe
+from qlip.training.recipe import check_recipe
 from qlip.training.recipe_schema import RunRecipe
 from qlip.um3.data.config import DataSection
 from qlip.um3.data.documents import DocumentBuilder
@@ -242,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
-    recipe = timed.load(options.recipe)
-    for one in options.set:
-        apply_override(recipe, one)
+    recipe = timed.load(options.recipe, options.set)
     trained: list[tuple[RunRecipe, Mapping[str, Any]]] = []
     for part in options.parts:
         for seed in options.seeds:

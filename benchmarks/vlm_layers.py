@@ -31,7 +31,6 @@ from qlip.data.public.scene_questions import KINDS
 from qlip.errors import QLIPError
 from qlip.evaluation.run.scene_answers import PER_KIND, SPLITS, Answers, answer_of, collect, majority, questions_of
 from qlip.runtime.workspace import Workspace
-from qlip.training.recipe import apply_override
 from qlip.vlm.chat import VisionChat
 
 KEY = ("kind", "part", "variant", "seed")
@@ -53,9 +52,7 @@ def recipe_of(name: str, tower: str, layer: int | str, seed: int, overrides: Seq
         seed: of the run.
         overrides: ``key=value``, as ``qlip train`` takes them.
     """
-    values = timed.load(name)
-    for one in overrides:
-        apply_override(values, one)
+    values = timed.load(name, overrides)
     values["model"] |= {"vision_tower": tower, "layer": layer}
     return timed.constant(values, seed)
 

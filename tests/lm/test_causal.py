@@ -109,14 +109,17 @@ def test_causal_model__packed_documents_train_as_each_alone(compiled: bool) -> N
     if compiled:
         for block in model.layers:
             block.compile(backend="aot_eager")
-    hidden = model.hidden(model.embed(ids), documents=documents)
+    states, own = list[Tensor](), list[Tensor]()
+    hidden = model.hidden(model.embed(ids), documents=documents, hidden_states=states)
     assert not hidden[documents < 0].any()
     (hidden * weights).sum().backward()
     for row, several in enumerate(lengths):
         for number in range(len(several)):
             inside = documents[row] == number
-            expected = alone.hidden(alone.embed(ids[row, inside][None]))
+            expected = alone.hidden(alone.embed(ids[row, inside][None]), hidden_states=own)
             close(hidden[row, inside], expected[0])
+            for state, other in zip(states, own[-len(states) :], strict=True):
+                close(state[row, inside], other[0])
             (expected[0] * weights[row, inside]).sum().backward()
     expected_grads = {name: one.grad for name, one in alone.named_parameters()}
     for name, one in model.named_parameters():

@@ -179,20 +179,17 @@ class CausalModel(nn.Module):
         real = (documents >= 0).flatten().nonzero()[:, 0]
         if not len(real):
             real = real.new_zeros(1)  # the layers run, as those of other ranks do
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        runs = DocumentRuns.of(begins.flatten()[real])
-        states: list[Tensor] | None = None if hidden_states is None else []
+        runs = DocumentRuns.of(_begins(documents).flatten()[real])
+        table = turn_table(positions.flatten()[real], self._frequencies())
+        first = 0 if hidden_states is None else len(hidden_states)
         x = embeddings.flatten(0, 1).index_select(0, real)[None]
-        x = self.norm(
-            self.layers.run(x, turn_table(positions.flatten()[real], self._frequencies()), runs, None, states)
-        )
+        x = self.norm(self.layers.run(x, table, runs, None, hidden_states))
 
         def spread(row: Tensor) -> Tensor:
             return row.new_zeros(documents.numel(), row.shape[-1]).index_copy(0, real, row[0]).view(embeddings.shape)
 
-        if hidden_states is not None and states is not None:
-            hidden_states += [spread(one) for one in states]
+        if hidden_states is not None:
+            hidden_states[first:] = map(spread, hidden_states[first:])
         return spread(x)
 
     def logits(self, hidden: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
@@ -342,9 +339,14 @@ def config_of(files: checkpoint.Files) -> CausalConfig:
 def positions_within(documents: Tensor) -> Tensor:
     """Positions (B, T) counted from the first of each document of ``documents`` (B, T); padding counts too."""
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return places - places.where(_begins(documents), 0).cummax(1).values
+
+
+def _begins(documents: Tensor) -> Tensor:
+    """Mark the first position of each document, bool (B, T); padding counts too."""
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - places.where(begins, 0).cummax(1).values
+    return begins
 
 
 def stock_weights(state: Mapping[str, Tensor], config: CausalConfig) -> dict[str, Tensor]:
