@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qlip import recipes
 from qlip.files import write_text
-from qlip.training.job import Job, find_kind
+from qlip.training.job import Job, Kind, find_kind
 from qlip.training.log.eval_context import evaluating
 from qlip.training.log.runlog import RunLog
 from qlip.training.optim.ema import EMA
@@ -169,6 +169,7 @@ def trained(
     scratch: Path,
     measures: Callable[[Any], tuple[nn.Module, Measure]],
     points: int = POINTS,
+    kind: Kind | None = None,
 ) -> Iterator[Trained]:
     """Train by a recipe, and yield the model.
 
@@ -178,12 +179,13 @@ def trained(
         scratch: folder of the run, removed at the end.
         measures: from the task to its model and what the curve measures.
         points: of the curve.
+        kind: of the training; by default the one that the recipe's task names.
     """
     recipe = check_recipe(values, values["name"])
     shutil.rmtree(scratch, ignore_errors=True)  # of a killed training
     torch.manual_seed(recipe.seed)
     with Parallel(recipe, Console(stderr=True)) as parallel:
-        job = find_kind(recipe.task, recipe.name).build(recipe, parallel, scratch)
+        job = (kind or find_kind(recipe.task, recipe.name)).build(recipe, parallel, scratch)
         curve = Curve(*measures(job.task), recipe.batch_size, seconds, points)
         ema = None if recipe.ema is None else EMA(job.task.networks["model"], recipe.ema.decay)
         checkpoints = Checkpoints(scratch / "checkpoints", recipe.checkpoint, parallel)

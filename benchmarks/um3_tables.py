@@ -85,12 +85,39 @@ def verdicts(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
             if one and other:
                 found = paired(one, other, lambda row, kind=kind: [100.0 * right for right in row[kind]["right"]])
                 yield f"{first} less {name}, {kind}: {found} points"
+        for row in by_variant[first]:
+            if other := [one for one in picked(by_variant[name], seed=row["seed"]) if min(_rows(one), _rows(row))]:
+                yield f"{first} against {name}, seed {row['seed']}, {_equal_rows(row, other[0])}"
     if "text alone" in by_variant:
         for row in by_variant[first]:
             alone = picked(by_variant["text alone"], seed=row["seed"])
             if alone and "broke" not in row and (cost := _cost(row, alone[0])) is not None:
                 ids = row["text_ids"] / 1e6
                 yield f"images cost {cost:+.3f} bits per byte at {ids:.2f} M ids of text, seed {row['seed']}"
+
+
+def _rows(row: Row) -> float:
+    """Rows that a UM3 was trained on; 0 of other models."""
+    return float(row["curve"][-1][1]) if row["curve"] and len(row["curve"][-1]) == 2 + len(FIGURES) else 0.0
+
+
+def _equal_rows(row: Row, other: Row) -> str:
+    """Likelihoods of two UM3s after the rows that the one with fewer has read."""
+    rows = min(_rows(row), _rows(other))
+    found = {
+        name: [
+            at([(*point[:2], point[2 + FIGURES.index(name)]) for point in one["curve"]], 1, rows)
+            for one in (row, other)
+        ]
+        for name in ("caption_per_word", "image_bits", "text_bits_per_byte")
+    }
+    if any(value is None for both in found.values() for value in both):
+        return NONE
+    caption, image, text = found.values()
+    return (
+        f"{rows:,.0f} rows each: caption {caption[0]:.3f} and {caption[1]:.3f} nats per word, image {image[0]:.0f} and"
+        f" {image[1]:.0f} bits, text {text[0]:.3f} and {text[1]:.3f} bits per byte"
+    )
 
 
 def _cost(row: Row, alone: Row) -> float | None:

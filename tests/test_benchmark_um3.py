@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import timed, um3, um3_tables
+from benchmarks.um3_heads import HEADS, HeadedChat, HeadedUM3
 from qlip.errors import QLIPError
-from qlip.um3.session import UM3Chat
+from qlip.lm import CausalConfig
+from qlip.lm.sampling import Sampling
+from qlip.training.parallel.faults import CollectiveError
+from qlip.um3 import UM3, UM3Config
+from qlip.um3.batch import Row, stack
+from qlip.um3.sequence import VISUAL, indices_of, whole_image
+from qlip.um3.session import UM3Chat, UM3Settings
 
 POINT = (2.0, 40, 1.0, 1.5, 300.0, 310.0, 2.5)
 OPTIONS = argparse.Namespace(cpu_seconds=0.2, scenes=2, per_kind=2, documents=1, rate=8.0)
@@ -73,7 +82,7 @@ def test_recipe_of__every_variant_is_a_recipe_of_the_task() -> None:
     recipe = timed.load("um3/debug")
     for part in um3.PARTS:
         for name, changes in um3.variants(part, recipe, 8.0).items():
-            if name not in (um3.TALKER, um3.DRAWER):
+            if name not in (um3.TALKER, um3.DRAWER, *HEADS):
                 check_recipe(um3.recipe_of(recipe, changes, 0), name)
 
 
@@ -97,6 +106,10 @@ def test_tables__both_directions_with_controls_and_what_images_cost() -> None:
     assert exact.count("100.0 (") == 5 and "; shuffled 0.0, blind 0.0" in exact
     assert "; blind 0.0, other caption 1.0, contradicted 2.0" in exact and exact.endswith("| 2.600, 2.600 |")
     assert any(line.startswith("calm-down less text alone, captions: +100.0") for line in lines)
+    assert (
+        "calm-down against text alone, seed 0, 40 rows each: caption 1.000 and 1.000 nats per word, image 300 and 300"
+        " bits, text 2.600 and 2.500 bits per byte"
+    ) in lines
     assert "images cost +0.100 bits per byte at 4.00 M ids of text, seed 1" in lines
     assert "bad broke: seed 0: not finite" in lines
     assert next(line for line in lines if line.startswith("| bad |")) == "| bad | - | - | - | - | - | - | - |"
@@ -109,7 +122,7 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     stop = [3]
 
     def train(*arguments: Any) -> dict[str, Any]:
-        folder = arguments[-1]
+        folder = next(one for one in arguments if isinstance(one, Path))
         if len(done) == stop[0]:
             raise KeyboardInterrupt
         done.append(folder.name)
@@ -166,13 +179,90 @@ def test_train__a_model_is_trained_measured_in_both_directions_and_exported(
 
 def test_train__a_training_that_breaks_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(*arguments: Any) -> Any:
-        raise QLIPError("step 3: the loss is not finite")
+        raise error
 
     monkeypatch.setattr(timed, "trained", trained)
     recipe = timed.load("um3/debug")
     values = um3.recipe_of(recipe, {}, 0)
+    error: Exception = CollectiveError("step 3: the loss is not finite")
     found = um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
     assert found == {"broke": "step 3: the loss is not finite", "curve": []}
+    error = QLIPError("no such texts")  # the study stops, and its results stay
+    with pytest.raises(QLIPError, match="no such texts"):
+        um3.train(values, recipe["validation"], OPTIONS, tmp_path / "models/a")
+
+
+@pytest.fixture(params=HEADS)
+def headed(request: pytest.FixtureRequest) -> HeadedUM3:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = CausalConfig(vocab_size=20, qk_norm=True, tie_word_embeddings=True, **sizes)
+    image = {"group_size": 2, "num_groups": 3, "grid": (2, 2), "rows": "per_group"}
+    config = UM3Config.extend(text, begin_image=18, end_image=19, **image)
+    return HeadedUM3(UM3.from_scratch(config, "random"), request.param).eval()
+
+
+def document(model: HeadedUM3, indices: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.tensor([1, 2]), whole_image(model.config, indices), torch.tensor([3, 0])])
+
+
+def test_headed__text_is_that_of_a_um3_and_groups_begin_even(headed: HeadedUM3) -> None:
+    flat = UM3(headed.config, headed.decoder).eval()
+    one, other = torch.arange(12).view(4, 3) % 4, torch.arange(12).flip(0).view(4, 3) % 4
+    rows = [
+        Row("text-to-image", [document(headed, one), document(headed, other)]),
+        Row("text", [torch.arange(9)]),
+        Row("text-to-image", [document(headed, other)]),
+    ]
+    batch = stack(rows, 40)
+    found, expected = headed(batch), flat(batch)
+    torch.testing.assert_close(found[1], expected[1])
+    assert torch.equal(found > 0, expected > 0)
+    types = headed.grammar.target_types(batch.ids, batch.documents)
+    torch.testing.assert_close(found[types >= VISUAL], torch.full((36,), math.log(4)))  # the head's last layer is zero
+    length = len(rows[2].documents[0])
+    torch.testing.assert_close(found[0, length : 2 * length], found[2, :length])  # a document sees itself alone
+
+
+@torch.no_grad()
+def test_headed__a_drawing_takes_the_likeliest_groups_of_the_loss(headed: HeadedUM3) -> None:
+    for one in headed.head.parameters():
+        one.copy_(0.5 * torch.randn_like(one))
+    chat = object.__new__(HeadedChat)
+    chat.model, chat.settings = headed, UM3Settings()
+    seen: list[torch.Tensor] = []
+    chat.encode = lambda prompt: [1, 2]  # type: ignore[method-assign, misc, assignment]
+    chat.decode_image_tokens = lambda ids: [seen.append(ids)]  # type: ignore[method-assign, misc, assignment, func-returns-value]
+    chat.generate(["", ""], generation_mode="image", sampling=Sampling(temperature=0.0))
+    drawn = indices_of(headed.config, seen[0])
+    assert torch.equal(drawn[0], drawn[1])
+
+    def nats(indices: torch.Tensor) -> torch.Tensor:
+        return headed(stack([Row("text-to-image", [document(headed, indices)])], 20))[0, 3:15].view(4, 3)
+
+    best = nats(drawn[0])
+    for token in range(4):
+        for group in range(3):
+            for value in set(range(4)) - {int(drawn[0, token, group])}:
+                other = drawn[0].clone()
+                other[token, group] = value
+                assert nats(other)[token, group] > best[token, group]
+
+
+def test_train_headed__is_measured_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(um3, "POINTS", 1)
+    recipe = timed.load("um3/debug")
+    found = um3.train_headed(recipe, "depth", OPTIONS, 0, tmp_path / "models/a")
+    assert {kind: len(found[kind]["right"]) for kind in ("captions", "answers", "drawings")} == {
+        "captions": 2,
+        "answers": 14,
+        "drawings": 2,
+    }
+    assert found["text"]["bundled"] > 0 and all(one > 0 for one in found["curve"][0])
+    flat = um3.train(um3.recipe_of(recipe, {}, 0), recipe["validation"], OPTIONS, tmp_path / "models/b")
+    assert found["parameters"] > flat["parameters"] > 40_000  # with the layers
+    with pytest.raises(QLIPError, match="give rows per_group"):
+        um3.train_headed(timed.load("um3/debug", ["model.rows=shared"]), "chain", OPTIONS, 0, tmp_path / "models/c")
 
 
 def test_train_drawer__the_drawer_of_the_part_unity(tmp_path: Path) -> None:
