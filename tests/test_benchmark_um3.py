@@ -137,11 +137,16 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     with pytest.raises(KeyboardInterrupt):
         um3.main(["softmax", *arguments])
     stop[0] = 100
-    um3.main(["softmax", "unity", "calmdown", *arguments])
+    um3.main(["softmax", "unity", *arguments])
+    um3.main(["softmax", "calmdown", "--only", "separate", "calm-down", "constant 0.3", "text alone", *arguments])
+    um3.main(["softmax", "calmdown", *arguments])
+    with pytest.raises(QLIPError, match="--only deep: softmax has joint, separate"):
+        um3.main(["softmax", "--only", "deep", *arguments])
     assert done[:4] == [f"softmax-{name}-{seed}" for seed in (0, 1) for name in ("separate", "joint")]
     # the recipe itself, of the part softmax, is not trained again
     assert done[4:8] == [f"unity-{name}-0" for name in ("reads-alone", "draws-alone", "talker", "drawer")]
-    assert done[12:15] == [f"calmdown-{name}-0" for name in ("constant-0.3", "constant-1", "text-alone")]
+    assert done[12:14] == [f"calmdown-{name}-0" for name in ("constant-0.3", "text-alone")]
+    assert done[16:] == ["calmdown-constant-1-0", "calmdown-constant-1-1"]
     rows = [json.loads(line) for line in (tmp_path / "study/results.jsonl").read_text().splitlines()]
     keys = [tuple(row[name] for name in um3.KEY) for row in rows]
     assert len(set(keys)) == len(keys) == 22
@@ -269,7 +274,14 @@ def test_train_drawer__the_drawer_of_the_part_unity(tmp_path: Path) -> None:
     values = timed.load("t2i/debug-scenes")
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
-    found = um3.train_drawer(argparse.Namespace(**vars(OPTIONS), drawer=str(path)), 0, tmp_path / "drawers/a")
+    recipe = timed.load("um3/debug", ["precision=bfloat16"])
+    changed = um3.as_recipe(timed.load("t2i/debug-scenes"), recipe)
+    assert changed["precision"] == "bfloat16" and changed["model"]["config"]["intermediate_size"] == 48
+    found = um3.train_drawer(recipe, argparse.Namespace(**vars(OPTIONS), drawer=str(path)), 0, tmp_path / "drawers/a")
     assert len(found["drawings"]["right"]) == 2 and found["parameters"] > 0
     ((spent, images),) = found["curve"]
     assert spent >= 0.2 and images > 0
+    assert found["image_bits"] == pytest.approx([28 * 64] * 2, rel=0.2)
+    lines = um3_tables.tables([found | {"part": "unity", "variant": "drawer", "seed": 0}])
+    cell = f"| {found['image_bits'][0]:.0f} ({found['image_bits'][1]:.0f}) |"
+    assert any(line.startswith("| drawer |") and cell in line for line in lines)
