@@ -129,6 +129,14 @@ def test_draw_suite__a_um3_draws_it(um3_folder: Path, tmp_path: Path, capsys: Ca
     (row,) = Result.model_validate(json.loads(capsys.readouterr().out)).measured
     assert row.count == 2 and row.options["guidance"] == "2" and row.options["top_p"] == 0.95
     assert len(list(out.glob("images/*.png"))) == 2
+    captions, coco = tmp_path / "coco.csv", tmp_path / "coco"
+    captions.write_text("Prompt\na cup\na red circle\n")
+    command[2:5] = ["coco30k", "--suite-data", str(captions)]
+    command[command.index(str(out))] = str(coco)
+    assert qlip(command) == 0
+    assert len(list(coco.glob("images/*.png"))) == 2
+    assert (coco / "captions.txt").read_text().splitlines() == ["a cup", "a red circle"]
+    capsys.readouterr()
     assert qlip(["draw", "a cat", "-m", str(um3_folder), "-o", str(tmp_path / "a.png")]) == 2
     assert f"draw a prompt with qlip um3 complete -m {um3_folder} -o FILE PROMPT" in capsys.readouterr().err
     assert qlip([*command, "--negative", "red"]) == 2

@@ -46,6 +46,28 @@ def test_um3_chat__a_message_that_cannot_be_answered_does_not_end_the_others(
     assert [one["input"] for one in ran.json["failures"]] == ["message 2"]
 
 
+def test_um3_chat__answers_of_text_and_images_in_one_conversation(
+    qlip: Command,
+    um3_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ["um3", "chat", "-m", um3_folder, "-o", tmp_path / "out", "--temperature", 0, "--max-tokens", 300]
+    ran = qlip(*command, "--message", "a red circle", "--message", "what colour?", "--json")
+    chat = UM3Chat.from_pretrained(um3_folder, device="cpu")
+    sampling = chat.settings.sampling(0)
+    answers = [chat.say(one, max_tokens=300, sampling=sampling) for one in ("a red circle", "what colour?")]
+    kinds = {type(part) is str for answer in answers for part in answer}
+    assert kinds == {True, False}  # texts and images
+    assert ran.code == 0 and len(ran.json["results"]) == 2, ran.err
+    for one, answer in zip(ran.json["results"], answers, strict=True):
+        for said, part in zip(one["answer"], answer, strict=True):
+            if isinstance(part, str):
+                assert said == {"text": part}
+                continue
+            with Image.open(said["file"]) as written:
+                assert written.tobytes() == part.tobytes()
+
+
 def test_um3_chat__messages_as_lines(
     qlip: Command,
     um3_folder: Path,  # noqa: F811

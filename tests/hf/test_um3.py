@@ -18,16 +18,17 @@ from qlip.lm.guidance import Constant
 from qlip.lm.sampling import Sampling, draw_from, uniforms
 from qlip.um3.generate import SAMPLING, generate
 from qlip.um3.session import UM3Chat
-from tests.um3.conftest import um3_folder  # noqa: F401
+from tests.um3.chats import save_um3
 
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(scope="module")
-def exported(um3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    folder = tmp_path_factory.mktemp("export") / "um3"
-    export_um3(um3_folder, folder)
-    return folder
+@pytest.fixture(scope="module", params=["Qwen3, shared rows", "Llama, rows per group"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, llama = tmp_path_factory.mktemp("export"), request.param.startswith("Llama")
+    save_um3(folder / "own", rows="per_group" if llama else "shared", qk_norm=not llama)
+    export_um3(folder / "own", folder / "um3")
+    return folder / "um3"
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +97,20 @@ def test_export_um3__remote_code_draws_reads_and_interleaves(exported: Path, cha
     assert found[0, : len(prompt)].tolist() == prompt
     [new] = generate(chat.model, [prompt], generation_mode="text", max_tokens=5, sampling=GREEDY)
     assert found[0, len(prompt) :].tolist() == new
+    texts = processor.post_process_multimodal_output(found, generation_mode="text")  # without the image's ids
+    assert texts == ["red" + "".join(part for part in chat.decode(new) if isinstance(part, str))]
     length = chat.model.config.image_length + 20
     inputs = processor(text="a", return_tensors="pt")
     found = remote.generate(**inputs, generation_mode="interleaved", max_new_tokens=length, **options)
     [new] = generate(chat.model, [chat.encode("a")], max_tokens=length, sampling=GREEDY)
     assert found[0, len(chat.encode("a")) :].tolist() == new
+    for text in ("a red circle", "blue", "colour", "square"):  # by default there is room for an image, and for text
+        [new] = generate(chat.model, [chat.encode(text)], sampling=GREEDY)
+        if chat.model.config.end_image in new:
+            break
+    inputs = processor(text=text, return_tensors="pt")
+    found = remote.generate(**inputs, generation_mode="interleaved", **options)
+    assert found[0, len(chat.encode(text)) :].tolist() == new and chat.model.config.end_image in new
 
 
 def test_export_um3__remote_code_refuses_what_cannot_hold_an_image(chat: UM3Chat, remote: Any) -> None:

@@ -19,7 +19,7 @@ from qlip.data.sources.training_text import RECORD, TrainingText
 from tests.weights import lpips_weights
 
 FAMILIES = ("QLIP-B-16-256", "QLIP-B-8-256", "QLIP-L-14-392", "single-gpu", "nano")
-ALIKE = ("QLIP-B-8-256", "single-gpu")  # the debug model of B-16 again, other patches or options
+ALIKE = ("QLIP-B-8-256", "QLIP-L-14-392", "single-gpu")  # the debug model of B-16 again, other patches or options
 
 
 def train(recipe: str, folder: Path, kill_at_first_checkpoint: bool = False) -> None:

@@ -231,9 +231,10 @@ def test_folder__of_a_text_decoder_is_no_um3(tmp_path: Path) -> None:
 
 def test_grown__refuses_a_decoder_of_another_width() -> None:
     config = tiny_config()
-    wider = CausalModel(text_config(hidden_size=32))
-    with pytest.raises(QLIPError, match="the text decoder has hidden_size 32, the UM3's config 16"):
-        UM3.grown(wider, config)
+    for tied in (False, True):
+        wider = CausalModel(text_config(hidden_size=32, tie_word_embeddings=tied))
+        with pytest.raises(QLIPError, match="the text decoder has hidden_size 32, the UM3's config 16"):
+            UM3.grown(wider, config)
     with pytest.raises(QLIPError, match="tie_word_embeddings True, the UM3's config False"):
         UM3.grown(text_model(True), config)
     with pytest.raises(QLIPError, match="text_vocab_size 30: the text decoder has 40 rows; all are kept"):

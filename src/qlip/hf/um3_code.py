@@ -23,6 +23,8 @@ from transformers.processing_utils import ProcessorMixin
 from qlip.modeling.indices import regroup
 from qlip.um3.sequence import IN_TEXT, AllowedIds, Grammar, image_ids, indices_of
 
+TEXT_TOKENS = 256
+"""Ids of text, where a call names no number of ids."""
 TOKENIZER = "qlip"
 """Folder of the tokenizer of images, inside the model's."""
 
@@ -126,7 +128,8 @@ class UM3Mixin:
             attention_mask: (B, T).
             pixel_values: (M, 3, H, W), images of the prompts in order.
             generation_mode: "text"; "image", one image per prompt; or "interleaved", both in one sequence.
-            **options: of transformers' ``generate``.
+            **options: of transformers' ``generate``; by default ``max_new_tokens`` has room for an image and 256 ids of
+                text for "interleaved".
 
         Returns:
             Prompts with what follows; for "image" the ids (B, N K) of the images alone.
@@ -151,6 +154,8 @@ class UM3Mixin:
             options["max_new_tokens"] = fields.image_length
             if options.get("guidance_scale", 1) > 1:
                 options.setdefault("negative_prompt_ids", begin)
+        elif generation_mode == "interleaved" and budget is None:
+            options["max_new_tokens"] = min(room, wanted + 2 + TEXT_TOKENS)
         end = input_ids.shape[1] + options.get("max_new_tokens", 0)
         options["prefix_allowed_tokens_fn"] = allowed_tokens(fields, end if generation_mode == "interleaved" else None)
         found = super().generate(input_ids=input_ids, attention_mask=attention_mask, **options)  # type: ignore[misc]

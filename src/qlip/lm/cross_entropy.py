@@ -11,6 +11,8 @@ from torch import Tensor
 
 MAX_LOGITS = 1 << 22
 """Logits held at a time."""
+MAX_PRODUCT = 1 << 13
+"""Rows of a weight whose gradient is held at a time in another type than float32."""
 
 Span = tuple[int, int]
 """First of neighbouring rows of a weight, and the one behind the last."""
@@ -96,11 +98,18 @@ class _LinearSoftmax(torch.autograd.Function):
                 slope = (slope if more is None else slope.add_(more)).to(hidden.dtype)
                 if to_hidden is not None:
                     to_hidden[block] = slope @ part
-                if to_weight is not None and slope.dtype == torch.float32:
-                    to_weight[begin:end].addmm_(slope.T, rows)  # without a second matrix of the weight's size
-                elif to_weight is not None:
-                    to_weight[begin:end] += slope.T @ rows
+                if to_weight is not None:
+                    _add_product(to_weight[begin:end], slope.T, rows)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to a float32 total (V, D), without a second matrix of its size."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+        return
+    for some, of in zip(total.split(MAX_PRODUCT), left.split(MAX_PRODUCT), strict=True):
+        some += of @ right
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlip.archive.dataset.dataset import TokenDataset
+from qlip.um3.data.images import TokenImages
 from qlip.um3.data.interleaved import read_interleaved, texts_of
 from qlip.um3.data.stored import IMAGE
 from qlip.um3.data.texts import Broken
-from tests.um3.data.made import builder, jsonl, tokenizer
+from tests.um3.data.made import builder, config, dataset, jsonl, tokenizer
 
 
 def test_read_interleaved__keeps_order_and_names_faults(tmp_path: Path) -> None:
@@ -39,3 +41,11 @@ def test_read_interleaved__keeps_order_and_names_faults(tmp_path: Path) -> None:
         "line 10: a text has half a surrogate pair",
     ]
     assert list(texts_of(path))[:3] == ["Two", " birds.", "Then"]
+
+
+def test_token_images__an_image_cut_short_is_named(tmp_path: Path) -> None:
+    dataset_ = TokenDataset(dataset(tmp_path / "tokens", parts=1, rows=2, grid=[(2, 2), (1, 2)]))
+    images = TokenImages(dataset_, config())
+    whole, cut = images(["000-0000", "000-0001"])
+    assert not isinstance(whole, str) and whole.shape == (4, 4)
+    assert cut == "000-0001: has 2 tokens, not the 4 of a whole image"

@@ -105,6 +105,8 @@ def test_pair_rows__images_that_are_cut_short_or_without_text_are_named(tmp_path
         "000-0002: has no caption",
         "000-0003: has 2 tokens, not the 4 of a whole image",
     }
+    cut, blank = 2 * 4 + len(tokenizer().encode("Yes.")), 4 * 4 + len(tokenizer().encode(" "))
+    assert sum(row.dropped for row in rows) == sum(blank if "no caption" in one else cut for one in skipped)
 
 
 def test_pair_rows__labels_make_captions_by_templates(tmp_path: Path) -> None:

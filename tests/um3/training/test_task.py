@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +29,7 @@ from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
 from qlip.um3.batch import KINDS, Row, stack
+from qlip.um3.data.config import DataSection
 from qlip.um3.model import UM3
 from qlip.um3.session import UM3Settings
 from qlip.um3.training.task import UM3Kind
@@ -44,7 +50,50 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in left_out} for line in found]
 
 
+START = """
+from qlip.data.loader import sampler
+from qlip.um3.data import mixture
+from qlip.cli.main import main
+
+sampler.BLOCK = mixture.BLOCK = 8  # two steps, so that the shares fall within the run
+if __name__ == "__main__":
+    main()
+"""
+
+
 def test_training__killed_in_the_middle_of_calm_down_resumes_to_the_bit(values: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 after a checkpoint, with a worker that reads ahead."""
+    script, recipe = tmp_path / "start.py", tmp_path / "recipe.yaml"
+    script.write_text(START)
+    values |= {"schedule": {"steps": 8, "warmup": 1}, "checkpoint": {"every": 1, "keep": 10}}
+    values["data"] |= {"num_workers": 1}
+    values["data"]["mixture"] |= {"calm_down_steps": 6}
+    recipe.write_text(json.dumps(values))
+    section = DataSection(**values["data"])
+    assert len({section.shares(step)["text"] for step in (0, 2, 4, 6)}) == 4  # of the four blocks
+
+    def start(name: str) -> subprocess.Popen[str]:
+        arguments = [sys.executable, str(script), "train", str(recipe), "-o", str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    killed, until = start("killed"), time.monotonic() + 120
+    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed/model").exists()
+    for name in ("killed", "whole"):
+        run = start(name)
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output
+    one, other = (tmp_path / name / "model/model.safetensors" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_training__resumes_with_its_log_and_its_held_out_figures(values: dict[str, Any], tmp_path: Path) -> None:
     """The run as kill -9 leaves it: a checkpoint of step 2 of 4, log lines behind it, no model."""
     values["validation"] = {
         "every": 2,
@@ -63,6 +112,9 @@ def test_training__killed_in_the_middle_of_calm_down_resumes_to_the_bit(values: 
     logged = [line for line in lines(killed) if "loss" in line]
     for key in ("norm/text_rows", "norm/visual_rows", "norm/queries", "norm/keys", "dropped"):
         assert all(line[key] >= 0 for line in logged), key
+    for key, most in (("text_bits_per_byte", 20), ("image_bits", 3000)):  # of the lines whose batch has that kind
+        found = [line[key] for line in logged if key in line]
+        assert len(found) >= 2 and all(0 < one < most for one in found), key
     (first, *_) = [line for line in lines(killed) if line.get("kind") == "validation"]
     assert {"caption_per_word", "caption_per_word_shuffled", "image_bits", "image_bits_shuffled"} <= {
         key.removeprefix("val/scenes seen/") for key in first
@@ -95,6 +147,46 @@ def test_export__is_a_um3_and_a_stock_qwen3(values: dict[str, Any], tmp_path: Pa
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(CausalModel.from_pretrained(folder)(ids), model.decoder(ids))
     assert UM3Settings.from_folder(folder).single_turn  # no row has two turns
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_norms__are_those_of_rows_and_of_the_layer_with_the_largest(values: dict[str, Any], qk_norm: bool) -> None:
+    values["model"]["qk_norm"] = qk_norm
+    task = job_of(values).task
+    model = task.um3
+    first, second = (layer.attention for layer in model.decoder.layers)  # 2 heads of width 16
+    with torch.no_grad():
+        if qk_norm:
+            first.q_norm.weight.fill_(3.0)
+            second.k_norm.weight.fill_(2.0)
+        else:
+            first.wqkv.weight[:32] *= 3.0
+            second.wqkv.weight[32:64] *= 2.0
+    found = {name: float(one) for name, one in task.summary().items()}
+    rows, border = model.decoder.tok_embeddings.weight.detach(), model.config.visual_begin
+    expected = {
+        "norm/text_rows": float(torch.stack([one.norm() for one in rows[:border]]).mean()),
+        "norm/visual_rows": float(torch.stack([one.norm() for one in rows[border:]]).mean()),
+    }
+    if qk_norm:  # the root mean square of a query is the norm's weight, in each of 16 channels
+        expected |= {"norm/queries": 3.0 * 16**0.5, "norm/keys": 2.0 * 16**0.5}
+    else:  # of white inputs: the mean square over heads of the projection's norm
+        with torch.no_grad():
+            white = torch.randn(100_000, 32)
+            queries, keys = white @ first.wqkv.weight[:32].T, white @ second.wqkv.weight[32:64].T
+            expected |= {
+                name: float(one.unflatten(1, (2, 16)).square().sum(2).mean().sqrt())
+                for name, one in (("norm/queries", queries), ("norm/keys", keys))
+            }
+    assert found == pytest.approx(expected, rel=1e-5 if qk_norm else 0.02)
+
+
+@pytest.mark.slow
+def test_compile__gives_the_same_losses(values: dict[str, Any], tmp_path: Path) -> None:
+    train(values, tmp_path / "plain")
+    train(values | {"compile": True}, tmp_path / "compiled")
+    plain, compiled = ([line["loss"] for line in lines(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-3)
 
 
 def test_start__visual_rows_at_the_mean_lose_exactly_their_number_of_bits(values: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ class PairRows:
 
     def _row(self, batch: TokenBatch) -> tuple[Row, list[SkippedSample]]:
         """Put the images of a batch into a row."""
-        texts, images, skipped = list[list[int]](), list[Tensor](), list(batch.skipped)
+        texts, images, skipped, lost = list[list[int]](), list[Tensor](), list(batch.skipped), 0
         assert batch.captions is not None and batch.labels is not None
         for indices, captions, label, key, epoch, number in zip(
             batch.indices,
@@ -172,6 +172,7 @@ class PairRows:
             fault = "has no caption" if text is None or not text.strip() else size_fault(indices, self.builder.config)
             if fault is not None:
                 skipped.append(SkippedSample(key, self.name, fault))
+                lost += len(self.builder.text_ids(self.kind, text or "")) + indices.numel()
                 continue
             dropped = rng.random() < self.dropout
             texts.append([] if dropped else self.builder.text_ids(self.kind, text or ""))
@@ -180,7 +181,7 @@ class PairRows:
         kept = fit(lengths, self.length - len(images) * self.builder.cost)
         pairs = zip(texts, kept, images, strict=True)
         documents = [self.builder.pair(self.kind, text[:length], one) for text, length, one in pairs]
-        return Row(self.kind, documents, sum(lengths) - sum(kept)), skipped
+        return Row(self.kind, documents, lost + sum(lengths) - sum(kept)), skipped
 
 
 def open_pairs(
