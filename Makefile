@@ -1,5 +1,5 @@
 # Common commands. Each target first sets up .venv in this checkout with what it needs: `make demo` installs the core
-# (about 30 packages), the others add all extras and development tools. A second run installs nothing.
+# (about 40 packages), the others add all extras and development tools. A second run installs nothing.
 #
 #   make demo    apply the bundled model to the bundled images; writes demo/
 #   make test    run the tests (about ten minutes on two cores); make test-slow includes slow tests
