@@ -294,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes that are described, and drawn")
     parser.add_argument("--per-kind", type=int, default=100, help="questions of each kind")
     parser.add_argument("--documents", type=int, default=20, help="held-out documents of each text, the first ones")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also write the curves as a PNG")
     options = parser.parse_args(arguments)
     if wrong := [part for part in options.parts if part not in PARTS]:
         parser.error(f"{wrong[0]}: no such part; take {', '.join(PARTS)}")
@@ -307,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(options, results)
     for one in um3_tables.tables(results.rows):
         print(one)
+    if options.plot:
+        um3_tables.plot(results.rows, options.plot)
 
 
 def _run(options: argparse.Namespace, results: timed.Results) -> None:

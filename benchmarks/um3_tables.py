@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.drawer_tables import NONE, Row, at, joined, line, paired, picked, share
 from qlip.data.public.scene_captions import CaptionedScenes
+from qlip.evaluation.report import drawing
 from qlip.evaluation.run.scene_captions import ONE_OBJECT
 
 FIGURES = ("caption_per_word", "caption_per_word_shuffled", "image_bits", "image_bits_shuffled", "text_bits_per_byte")
@@ -34,6 +36,43 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         yield from exact_table(by_variant)
         yield ""
         yield from verdicts(by_variant)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Write the curves of all parts as a PNG, a line per seed.
+
+    Raises:
+        QLIPError: no matplotlib, or a path that cannot be written.
+    """
+    rows = [row for row in rows if _rows(row)]
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure = drawing.new_figure(11, 2.6 * len(parts))
+    columns = {
+        "caption_per_word": "caption, nats per word",
+        "image_bits": "bits per image",
+        "text_bits_per_byte": "text, bits per byte",
+    }
+    grid = figure.subplots(len(parts), len(columns), squeeze=False)
+    for part, line_of_axes in zip(parts, grid, strict=True):
+        own = picked(rows, part=part)
+        variants = list(dict.fromkeys(row["variant"] for row in own))
+        for (name, title), axes in zip(columns.items(), line_of_axes, strict=True):
+            drawing.add_grid(axes)
+            axes.set_title(f"{part}: {title}", fontsize=9)
+            place, last = 2 + FIGURES.index(name), max(row["curve"][-1][0] for row in own)
+            axes.set_xscale("log")
+            axes.set_xticks([last / 8, last / 4, last / 2, last], [f"{last / part:.0f}" for part in (8, 4, 2, 1)])
+            axes.minorticks_off()
+            shown = [point[place] for row in own for point in row["curve"] if point[0] > last / 6]
+            axes.set_ylim(0.95 * min(shown), 1.05 * max(shown))  # the begin would hide the end
+            for row in own:
+                number = variants.index(row["variant"])
+                label = row["variant"] if row["seed"] == min(one["seed"] for one in own) else None
+                seconds, values = zip(*((point[0], point[place]) for point in row["curve"]), strict=True)
+                axes.plot(seconds, values, color=drawing.COLOURS[number], linewidth=1.2, label=label)
+            axes.set_xlabel("CPU seconds", fontsize=8)
+        drawing.add_legend_beside(line_of_axes[-1])
+    drawing.save(figure, path, dpi=100)
 
 
 def likelihood_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:

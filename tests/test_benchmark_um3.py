@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from benchmarks import timed, um3, um3_tables
 from benchmarks.um3_heads import HEADS, HeadedChat, HeadedUM3
@@ -151,7 +152,9 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     keys = [tuple(row[name] for name in um3.KEY) for row in rows]
     assert len(set(keys)) == len(keys) == 22
     capsys.readouterr()
-    um3.main(["-o", str(tmp_path / "study")])
+    um3.main(["-o", str(tmp_path / "study"), "--plot", str(tmp_path / "curves.png")])
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width == 1100
     said = capsys.readouterr().out
     assert "## softmax" in said and "## unity" in said
     with pytest.raises(QLIPError, match=r"another study \(scenes differ\)"):
