@@ -182,7 +182,6 @@ def train(values: dict[str, Any], source: Source, seconds: float, limit: int, fo
     }
 
 
-@torch.inference_mode()
 def bits_by_caption(drawer: Path, tokens: str, limit: int) -> dict[str, float]:
     """Mean bits of held-out images with their own captions and with those of the next image.
 
@@ -193,8 +192,17 @@ def bits_by_caption(drawer: Path, tokens: str, limit: int) -> dict[str, float]:
     """
     model = DecoderModel.from_pretrained(drawer)
     indices, condition = rows_of(tokens, limit, CLIPTokenizer.from_folder(drawer, model.config.prefix_length))
-    captions = {"own": condition, "other": condition.rows([*range(1, len(indices)), 0])}
-    return {name: round(float(bits_of(model, (indices, one)).mean()), 2) for name, one in captions.items()}
+    own, other = own_and_other_bits(model, (indices, condition))
+    return {"own": round(own, 2), "other": round(other, 2)}
+
+
+@torch.inference_mode()
+def own_and_other_bits(model: DecoderModel, rows: Rows) -> tuple[float, float]:
+    """Mean bits of images with their own captions, and with those of the next image."""
+    indices, condition = rows
+    others = condition.rows([*range(1, len(indices)), 0])
+    own, other = (float(bits_of(model, (indices, one)).mean()) for one in (condition, others))
+    return own, other
 
 
 def rows_of(tokens: str, limit: int, tokenizer: Any) -> Rows:

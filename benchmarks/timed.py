@@ -151,6 +151,11 @@ class Trained:
     curve: Curve
     ema: EMA | None
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of the model's parameters, before anything packs it."""
+        return sum(one.numel() for one in self.job.task.networks["model"].parameters())
+
     def applied(self) -> AbstractContextManager[None]:
         """Context in which the model has the averaged weights."""
         return nullcontext() if self.ema is None else self.ema.applied()

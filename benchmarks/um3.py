@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks import timed, um3_tables, vlm_layers
-from benchmarks.drawers import bits_of
+from benchmarks.drawers import own_and_other_bits
 from benchmarks.um3_heads import HEADS, HeadedChat, HeadedKind
 from qlip.archive.dataset.drawn_scenes import DrawnScenes
 from qlip.errors import QLIPError
@@ -63,8 +63,6 @@ POINTS = 8
 Z_LOSS = 1e-4
 TALKER, DRAWER = "talker", "drawer"
 """Variants of the part unity that are other models."""
-FLAT = "flat"
-"""Variant of the part heads that is a UM3."""
 Values = dict[str, Any]
 Other = Callable[[argparse.Namespace, int, Path], dict[str, Any]]
 """Trains and measures a model that differs from the recipe's in more than values, by options, seed and folder."""
@@ -101,7 +99,7 @@ def variants(part: str, recipe: Values, rate: float) -> dict[str, Values]:
             for name, (norm, loss) in kinds.items()
         }
     if part == "heads":
-        return {name: {} for name in (FLAT, *HEADS)}
+        return {name: {} for name in ("flat", *HEADS)}
     without = {"one model": {}, "reads alone": {"text_to_image": 0}, "draws alone": {"image_to_text": 0}}
     halves = {name: {"text": [0, 0], **one} if one else {} for name, one in without.items()}
     return {name: {"data": {"mixture": one}} for name, one in halves.items()} | {TALKER: {}, DRAWER: {}}
@@ -161,14 +159,13 @@ def train(
         scratch, kind = folder.with_name("running"), None if head is None else HeadedKind(head)
         with timed.trained(values, options.cpu_seconds, scratch, measures, POINTS, kind) as done:
             done.export(folder)
-            parameters = sum(one.numel() for one in done.job.task.networks["model"].parameters())
     except CollectiveError as error:  # the trainer's: a loss or a gradient that is not finite
         return {"broke": str(error), "curve": [[0.0, 0, *one] for one in points]}
     # apart from blocks that training compiled
     chat = UM3Chat.from_pretrained(folder, device="cpu") if head is None else HeadedChat.from_folder(folder, head)
     rows = done.curve.points[-1][1]
     return {
-        "parameters": parameters,
+        "parameters": done.num_parameters,
         "curve": done.curve.points,
         "text_ids": text_ids(values, int(rows)),
         **measured(chat, validation, options),
@@ -192,7 +189,7 @@ def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> 
     captions = collect_captions(answer_of(chat), split, options.scenes)
     answers = collect(answer_of(chat), "seen", options.per_kind)
     if isinstance(chat, HeadedChat):
-        drawings = draw(UM3Drawing(chat), options)
+        drawings = draw(UM3Drawing(chat), split, options.scenes)
     else:
         with TemporaryDirectory(prefix="qlip-um3-") as folder:
             drawings = drawings_of(draw_scenes(chat, scenes(split, options.scenes), Path(folder), DrawSettings(), {}))
@@ -208,24 +205,20 @@ def measured(chat: UM3Chat, validation: Values, options: argparse.Namespace) -> 
     }
 
 
-def draw(drawing: Draw, options: argparse.Namespace) -> dict[str, Any]:
+def draw(drawing: Draw, split: str, count: int) -> dict[str, Any]:
     """Draw captions of held-out scenes; returns what `drawings_of` does."""
-    suite = scenes("seen", options.scenes)
+    suite = scenes(split, count)
     with TemporaryDirectory(prefix="qlip-um3-") as folder:
         draw_suite(suite, drawing, Path(folder) / "drawn", {})
         return drawings_of(score_scenes(suite, Path(folder) / "drawn", None))
 
 
 def drawings_of(found: MetricResult) -> dict[str, Any]:
-    """Take ``drawings`` and ``drawing_controls`` from the checker's results, as far as it has them."""
+    """Take ``drawings``, with blind ones where there are, and ``drawing_controls`` from the checker's results."""
     images = found.tables["images"]
     return {
         "drawings": {row: [int(bool(one[row])) for one in images] for row in ("right", "blind") if row in images[0]},
-        "drawing_controls": {
-            name: found.values[f"scenes_{name}"].value
-            for name in um3_tables.DRAWING_CONTROLS
-            if f"scenes_{name}" in found.values
-        },
+        "drawing_controls": {name: found.values[f"scenes_{name}"].value for name in um3_tables.DRAWING_CONTROLS},
     }
 
 
@@ -256,11 +249,10 @@ def train_drawer(recipe: Values, options: argparse.Namespace, seed: int, folder:
         values, options.cpu_seconds, folder.with_name("running"), lambda task: (task.decoder, list), 1
     ) as done:
         done.export(folder)
-        parameters = sum(one.numel() for one in done.job.task.networks["model"].parameters())
     drawer = Drawer.from_pretrained(folder, device="cpu")
-    drawing = Drawing(drawer, guidance=Constant(1.0))
     bits = drawer_bits(drawer, folder, recipe["validation"])
-    return {"parameters": parameters, "curve": done.curve.points, "image_bits": bits, **draw(drawing, options)}
+    drawings = draw(Drawing(drawer, guidance=Constant(1.0)), recipe["validation"]["scenes"], options.scenes)
+    return {"parameters": done.num_parameters, "curve": done.curve.points, "image_bits": bits, **drawings}
 
 
 def drawer_bits(drawer: Drawer, folder: Path, validation: Values) -> list[float]:
@@ -268,11 +260,8 @@ def drawer_bits(drawer: Drawer, folder: Path, validation: Values) -> list[float]
     model = DecoderModel.from_pretrained(folder)  # not packed
     scenes = DrawnScenes(validation["scenes"], drawer.codec.name, model.config.group_size)
     batch = scenes.batch(np.arange(validation["num_scenes"]))
-    captions = [one[0] for one in batch.captions or ()]
-    both = (captions, [*captions[1:], captions[0]])
-    with torch.inference_mode():
-        rows = [(torch.stack(list(batch.indices)), drawer.condition(texts)) for texts in both]
-        return [float(bits_of(model, one).mean()) for one in rows]
+    captions = drawer.condition([one[0] for one in batch.captions or ()])
+    return list(own_and_other_bits(model, (torch.stack(list(batch.indices)), captions)))
 
 
 # ---------------------------------------------------------------- command

@@ -25,14 +25,15 @@ from qlip.lm.config import DecoderConfig, HeadConfig
 from qlip.lm.guidance import Guidance
 from qlip.lm.heads import build_head
 from qlip.lm.sampling import Sampling, uniforms
-from qlip.lm.transformer import RMSNorm
+from qlip.lm.transformer import initialize_module
 from qlip.modeling import checkpoint
+from qlip.modeling.indices import regroup
 from qlip.training.job import Job
 from qlip.training.parallel.distributed import Parallel
 from qlip.um3.config import UM3Config
-from qlip.um3.generate import TEXT_TOKENS, Mode
+from qlip.um3.generate import Mode, UM3Steps
 from qlip.um3.model import UM3, Sequences, um3_nats
-from qlip.um3.sequence import IN_TEXT, TEXT, VISUAL, image_ids
+from qlip.um3.sequence import IN_TEXT, TEXT, TEXT_TOKENS, VISUAL, first_ids, image_ids
 from qlip.um3.session import Answer, Prompt, UM3Chat
 from qlip.um3.training.recipe import UM3Recipe
 from qlip.um3.training.task import UM3Kind, UM3Task
@@ -73,15 +74,9 @@ class HeadedUM3(UM3):
             )
         )
         for module in self.head.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+            initialize_module(module)
         for weight in self.head.last_layers():
             nn.init.zeros_(weight)
-        first = [config.group_rows(group)[0] for group in range(config.num_groups)]
-        self.register_buffer("first_rows", torch.tensor(first), persistent=False)
-        self.first_rows: Tensor
 
     @overload
     def forward(self, batch: Sequences) -> Tensor: ...
@@ -101,7 +96,9 @@ class HeadedUM3(UM3):
         said, _ = um3_nats(hidden.index_select(0, at - 1), weight, ids[text], types[text], self.config)
         at = (own == VISUAL).nonzero()[:, 0]
         places = self._places(kept[at])  # (S, K)
-        drawn = self.head.nats(hidden.index_select(0, at - 1)[None], (ids[places] - self.first_rows)[None])
+        drawn = self.head.nats(
+            hidden.index_select(0, at - 1)[None], (ids[places] - first_ids(self.config, ids.device))[None]
+        )
         nats = said.new_zeros(len(ids)).index_copy(0, text, said).index_copy(0, places.flatten(), drawn.flatten())
         nats = nats.view(batch.ids.shape)
         return (nats, torch.zeros_like(nats)) if norms else nats
@@ -203,30 +200,22 @@ class HeadedChat(UM3Chat):
             stop=() if draws else config.decoder.stop_ids,
             seed=seed,
             numbers=numbers,
-            how=_ImageSteps(model, sampling, noise) if draws else _TextSteps(model, sampling),
+            how=_ImageSteps(model, sampling, noise) if draws else _text_steps(model, sampling, len(read)),
         )
         found = torch.stack(list(steps), 1)
         if not draws:
             return [list(self._texts([one for one in row if one != ENDED])) for row in found.tolist()]
-        ids = image_ids(config, _split(config, found))
+        ids = image_ids(config, _groups(config, found))
         return [[image] for image in self.decode_image_tokens(ids)]
 
 
-class _TextSteps(Steps):
-    """Draws ids of text; no image is begun."""
-
-    def __init__(self, model: HeadedUM3, sampling: Sampling) -> None:
-        super().__init__(model.decoder, sampling)
-        rows = model.grammar.allowed(IN_TEXT, budget=0)
-        self.end = rows.end
-        self.allowed = torch.ones(rows.end, dtype=torch.bool).index_fill(0, torch.tensor(rows.without), False)
-
-    def draw(self, hidden: Tensor, noise: Tensor, left: int) -> Tensor:
-        return self.sampling.draw(self.model.logits(hidden, 0, self.end).float(), noise, self.allowed)
+def _text_steps(model: HeadedUM3, sampling: Sampling, count: int) -> Steps:
+    """Draw ids of text for a number of sequences; no image is begun."""
+    return UM3Steps(model, sampling, None, "text", [IN_TEXT] * count, [[]] * count, model.config.decoder.stop_ids)
 
 
 class _ImageSteps(Steps):
-    """Draws whole tokens, whose groups are one integer: that of group k is shifted by k G bits.
+    """Draws whole tokens, each as one group of all its bits.
 
     Args:
         model: of the image.
@@ -239,19 +228,21 @@ class _ImageSteps(Steps):
         self.um3, self.noise, self.step = model, noise, 0
 
     def draw(self, hidden: Tensor, noise: Tensor, left: int) -> Tensor:
+        """See :class:`qlip.lm.complete.Steps`."""
+
         def pick(logits: Tensor, first: int) -> Tensor:
             return self.sampling.draw(logits[:, 0].float(), self.noise[:, self.step, first])[:, None]
 
-        values = self.um3.head.draw(hidden, pick, self.step)  # (B, K)
+        config, values = self.um3.config, self.um3.head.draw(hidden, pick, self.step)  # (B, K)
         self.step += 1
-        shifts = torch.arange(self.um3.config.num_groups) * self.um3.config.group_size
-        return (values << shifts).sum(1)
+        return regroup(values, config.group_size * config.num_groups, from_group_size=config.group_size)[:, 0]
 
     def embed(self, ids: Tensor, cache: KVCache) -> Tensor:
-        return self.model.embed(_split(self.um3.config, ids) + self.um3.first_rows).sum(1, keepdim=True)
+        """See :class:`qlip.lm.complete.Steps`."""
+        config = self.um3.config
+        return self.model.embed(_groups(config, ids) + first_ids(config, ids.device)).sum(1, keepdim=True)
 
 
-def _split(config: UM3Config, tokens: Tensor) -> Tensor:
+def _groups(config: UM3Config, tokens: Tensor) -> Tensor:
     """Groups (..., K) of tokens that `_ImageSteps` has drawn."""
-    shifts = torch.arange(config.num_groups) * config.group_size
-    return (tokens[..., None] >> shifts) & ((1 << config.group_size) - 1)
+    return regroup(tokens[..., None], config.group_size, from_group_size=config.group_size * config.num_groups)

@@ -21,8 +21,12 @@ FIGURES = ("caption_per_word", "caption_per_word_shuffled", "image_bits", "image
 """Likelihoods of held-out documents at each point of a curve, behind CPU seconds and rows."""
 DRAWING_CONTROLS = ("other_caption", "contradicted")
 """Percentages over all scenes, beside blind drawings."""
-TEXT = 2 + FIGURES.index("text_bits_per_byte")
-"""Place of bits per byte in a point."""
+TITLES = {
+    "caption_per_word": "caption, nats per word",
+    "image_bits": "bits per image",
+    "text_bits_per_byte": "text, bits per byte",
+}
+"""Figures that are plotted and compared."""
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -47,29 +51,25 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if _rows(row)]
     parts = list(dict.fromkeys(row["part"] for row in rows))
     figure = drawing.new_figure(11, 2.6 * len(parts))
-    columns = {
-        "caption_per_word": "caption, nats per word",
-        "image_bits": "bits per image",
-        "text_bits_per_byte": "text, bits per byte",
-    }
-    grid = figure.subplots(len(parts), len(columns), squeeze=False)
+    grid = figure.subplots(len(parts), len(TITLES), squeeze=False)
     for part, line_of_axes in zip(parts, grid, strict=True):
         own = picked(rows, part=part)
         variants = list(dict.fromkeys(row["variant"] for row in own))
-        for (name, title), axes in zip(columns.items(), line_of_axes, strict=True):
+        for (name, title), axes in zip(TITLES.items(), line_of_axes, strict=True):
             drawing.add_grid(axes)
             axes.set_title(f"{part}: {title}", fontsize=9)
-            place, last = 2 + FIGURES.index(name), max(row["curve"][-1][0] for row in own)
+            curves = [_curve(row, name) for row in own]
+            last = max(one[-1][0] for one in curves)
             axes.set_xscale("log")
-            axes.set_xticks([last / 8, last / 4, last / 2, last], [f"{last / part:.0f}" for part in (8, 4, 2, 1)])
+            axes.set_xticks([last / 8, last / 4, last / 2, last], [f"{last / of:.0f}" for of in (8, 4, 2, 1)])
             axes.minorticks_off()
-            shown = [point[place] for row in own for point in row["curve"] if point[0] > last / 6]
+            shown = [value for one in curves for seconds, _, value in one if seconds > last / 6]
             axes.set_ylim(0.95 * min(shown), 1.05 * max(shown))  # the begin would hide the end
-            for row in own:
-                number = variants.index(row["variant"])
+            for row, curve in zip(own, curves, strict=True):
+                colour = drawing.COLOURS[variants.index(row["variant"])]
                 label = row["variant"] if row["seed"] == min(one["seed"] for one in own) else None
-                seconds, values = zip(*((point[0], point[place]) for point in row["curve"]), strict=True)
-                axes.plot(seconds, values, color=drawing.COLOURS[number], linewidth=1.2, label=label)
+                seconds, _, values = zip(*curve, strict=True)
+                axes.plot(seconds, values, color=colour, linewidth=1.2, label=label)
             axes.set_xlabel("CPU seconds", fontsize=8)
         drawing.add_legend_beside(line_of_axes[-1])
     drawing.save(figure, path, dpi=100)
@@ -89,7 +89,7 @@ def likelihood_table(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         cells.append(
             _each(several, lambda row: "{:.0f} ({:.0f})".format(*row.get("image_bits", row["curve"][-1][4:6])))
         )
-        cells.append(_each(several, lambda row: f"{row['curve'][-1][TEXT]:.3f}"))
+        cells.append(_each(several, lambda row: f"{_curve(row, 'text_bits_per_byte')[-1][2]:.3f}"))
         yield line(cells)
 
 
@@ -137,10 +137,10 @@ def verdicts(by_variant: Mapping[str, Sequence[Row]]) -> Iterator[str]:
                 yield f"images cost {cost:+.3f} bits per byte at {ids:.2f} M ids of text, seed {row['seed']}"
 
 
-def _image_bits(row: Row) -> Sequence[float]:
-    """Bits per image at the last point, and those with another caption; nothing of other models."""
-    place = 2 + FIGURES.index("image_bits")
-    return list(row["curve"][-1][place : place + 2])
+def _curve(row: Row, name: str) -> list[tuple[float, float, float]]:
+    """CPU seconds, rows and a figure at each point."""
+    place = 2 + FIGURES.index(name)
+    return [(point[0], point[1], point[place]) for point in row["curve"]]
 
 
 def _rows(row: Row) -> float:
@@ -151,16 +151,9 @@ def _rows(row: Row) -> float:
 def _equal_rows(row: Row, other: Row) -> str:
     """Likelihoods of two UM3s after the rows that the one with fewer has read."""
     rows = min(_rows(row), _rows(other))
-    found = {
-        name: [
-            at([(*point[:2], point[2 + FIGURES.index(name)]) for point in one["curve"]], 1, rows)
-            for one in (row, other)
-        ]
-        for name in ("caption_per_word", "image_bits", "text_bits_per_byte")
-    }
-    if any(value is None for both in found.values() for value in both):
+    caption, image, text = ([at(_curve(one, name), 1, rows) for one in (row, other)] for name in TITLES)
+    if None in (*caption, *image, *text):
         return NONE
-    caption, image, text = found.values()
     return (
         f"{rows:,.0f} rows each: caption {caption[0]:.3f} and {caption[1]:.3f} nats per word, image {image[0]:.0f} and"
         f" {image[1]:.0f} bits, text {text[0]:.3f} and {text[1]:.3f} bits per byte"
@@ -171,10 +164,9 @@ def _cost(row: Row, alone: Row) -> float | None:
     """Bits per byte above those of a training on text alone at as many ids; None where its curve does not reach."""
     if "text_ids" not in alone:
         return None
-    per_row = alone["text_ids"] / alone["curve"][-1][1]
-    curve = [(point[0], point[1] * per_row, point[TEXT]) for point in alone["curve"]]
-    bits = at(curve, 1, row["text_ids"])
-    return None if bits is None else row["curve"][-1][TEXT] - bits
+    per_row = alone["text_ids"] / _rows(alone)
+    bits = at(_curve(alone, "text_bits_per_byte"), 1, row["text_ids"] / per_row)
+    return None if bits is None else _curve(row, "text_bits_per_byte")[-1][2] - bits
 
 
 def _shares(several: Sequence[Row], kind: str, one_object: bool) -> str:

@@ -7,10 +7,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from qlip.training.dry_run import dry_run
 from qlip.training.parallel.distributed import Parallel
 from qlip.training.recipe import check_recipe
 from tests.archive.made import made
+from tests.training.killed import kill_at_first_checkpoint
 from tests.training.ranks import on_ranks
 
 MAIN = "from qlip.cli.main import main\nif __name__ == '__main__':\n    main()\n"
@@ -187,12 +186,7 @@ def test_resumed__equals_an_uninterrupted_run(values: dict[str, Any], tmp_path: 
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
     train(values, tmp_path / "whole")
-    killed, until = start("killed"), time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
-        assert killed.poll() is None
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    kill_at_first_checkpoint(start("killed"), tmp_path / "killed")
     again = start("killed")
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output

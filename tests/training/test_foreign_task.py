@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from qlip.training.accumulate import backward
 from qlip.training.dry_run import dry_run
 from qlip.training.job import Job, find_kind
 from qlip.training.recipe import check_recipe
+from tests.training.killed import kill_at_first_checkpoint
 from tests.training.ranks import on_ranks
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -90,12 +89,7 @@ def test_kind__from_another_package_trains_through_the_command(values: dict[str,
     assert whole.returncode == 0, output
     assert "tokens/s" in output and "rows; in" in output
     killed = command(recipe, tmp_path / "killed")
-    until = time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
-        assert killed.poll() is None
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    kill_at_first_checkpoint(killed, tmp_path / "killed")
     again = command(recipe, tmp_path / "killed")
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output

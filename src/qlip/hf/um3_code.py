@@ -21,10 +21,8 @@ from transformers import AutoModel, BatchFeature, CLIPImageProcessor, LlamaForCa
 from transformers.processing_utils import ProcessorMixin
 
 from qlip.modeling.indices import regroup
-from qlip.um3.sequence import IN_TEXT, AllowedIds, Grammar, image_ids, indices_of
+from qlip.um3.sequence import IN_TEXT, TEXT_TOKENS, AllowedIds, Grammar, image_ids, indices_of
 
-TEXT_TOKENS = 256
-"""Ids of text, where a call names no number of ids."""
 TOKENIZER = "qlip"
 """Folder of the tokenizer of images, inside the model's."""
 

@@ -32,6 +32,7 @@ from qlip.lm.transformer import (
     RMSNorm,
     causal_mask,
     document_mask,
+    initialize_module,
     padded_mask,
 )
 from qlip.modeling import checkpoint
@@ -80,14 +81,10 @@ class CausalModel(nn.Module):
         self._turns: Tensor | None = None
         self.initialize()
 
-    @torch.no_grad()
     def initialize(self) -> None:
-        """Start as stock models do: linear layers and embeddings normal of deviation 0.02, norms one."""
+        """Start as stock models do."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+            initialize_module(module)
 
     @property
     def device(self) -> torch.device:

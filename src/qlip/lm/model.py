@@ -23,7 +23,7 @@ from qlip.lm.conditions import Condition, ConditionModule, FeatureCondition, Pre
 from qlip.lm.config import MODEL_TYPE, DecoderConfig
 from qlip.lm.heads import Head, build_head
 from qlip.lm.rotary import rotary_table
-from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask
+from qlip.lm.transformer import DecoderBlock, DecoderLayers, RMSNorm, causal_mask, initialize_module
 from qlip.modeling import checkpoint
 from qlip.modeling.parts import BlockGroups
 from qlip.runtime.machine import pick_device, pick_dtype
@@ -71,11 +71,8 @@ class DecoderModel(nn.Module):
     def initialize(self) -> None:
         """Start as LlamaGen: linear layers and embeddings normal of deviation 0.02, the head's last layer zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, FeatureCondition):
+            initialize_module(module)
+            if isinstance(module, FeatureCondition):
                 nn.init.normal_(module.uncond_embedding, std=module.size**-0.5)
         for weight in self.head.last_layers():
             nn.init.zeros_(weight)

@@ -103,6 +103,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
 
+@torch.no_grad()
+def initialize_module(module: nn.Module) -> None:
+    """Start as stock models do: linear layers and embeddings normal of deviation 0.02, norms one."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, RMSNorm):
+        nn.init.ones_(module.weight)
+
+
 class DecoderAttention(nn.Module):
     """Causal self-attention with rotary positions and as many or fewer key-value heads.
 

@@ -20,14 +20,12 @@ from qlip.lm.guidance import Constant, Guidance, mix
 from qlip.lm.sampling import Sampling
 from qlip.um3.config import UM3Config
 from qlip.um3.model import UM3
-from qlip.um3.sequence import IN_TEXT, AllowedIds
+from qlip.um3.sequence import IN_TEXT, TEXT_TOKENS, AllowedIds
 
 Mode = Literal["text", "image", "interleaved"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 SAMPLING = Sampling(1.0, top_p=0.95)
 """The paper's."""
-TEXT_TOKENS = 256
-"""Ids of text, where a call names no number of ids."""
 Group = tuple[AllowedIds, float]
 """Allowed ids and scale of guidance, which sequences must share to be drawn together."""
 

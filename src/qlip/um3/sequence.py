@@ -18,6 +18,8 @@ from qlip.errors import QLIPError
 from qlip.modeling.indices import check_indices
 from qlip.um3.config import UM3Config
 
+TEXT_TOKENS = 256
+"""Ids of text, where a call names no number of ids."""
 IN_TEXT = -1
 """State outside images."""
 IGNORED, TEXT, VISUAL = -1, 0, 1
@@ -43,7 +45,7 @@ def image_ids(config: UM3Config, indices: Tensor) -> Tensor:
             f" tokens of an image of {config.grid[0]} x {config.grid[1]}"
         )
     check_indices(indices, config.group_size)
-    return (indices + _first_ids(config, indices.device)).flatten(-2)
+    return (indices + first_ids(config, indices.device)).flatten(-2)
 
 
 def whole_image(config: UM3Config, indices: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def indices_of(config: UM3Config, ids: Tensor) -> Tensor:
     """
     if not ids.ndim or ids.shape[-1] != config.image_length:
         raise QLIPError(f"ids of shape {tuple(ids.shape)}: an image has {config.image_length:,} ids")
-    indices: Tensor = ids.unflatten(-1, (config.num_tokens, config.num_groups)) - _first_ids(config, ids.device)
+    indices: Tensor = ids.unflatten(-1, (config.num_tokens, config.num_groups)) - first_ids(config, ids.device)
     wrong = ((indices < 0) | (indices >= 1 << config.group_size)).flatten(-2)
     if wrong.any():
         place = int(wrong.reshape(-1, config.image_length).any(0).nonzero()[0, 0])
@@ -77,7 +79,7 @@ def indices_of(config: UM3Config, ids: Tensor) -> Tensor:
     return indices
 
 
-def _first_ids(config: UM3Config, device: torch.device) -> Tensor:
+def first_ids(config: UM3Config, device: torch.device) -> Tensor:
     """First id of each group, (K,)."""
     return torch.tensor([config.group_rows(group)[0] for group in range(config.num_groups)], device=device)
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +32,7 @@ from qlip.um3.data.config import DataSection
 from qlip.um3.model import UM3
 from qlip.um3.session import UM3Settings
 from qlip.um3.training.task import UM3Kind
+from tests.training.killed import kill_at_first_checkpoint
 from tests.training.ranks import on_ranks
 from tests.um3.training.conftest import train
 
@@ -82,12 +82,8 @@ def test_training__killed_in_the_middle_of_calm_down_resumes_to_the_bit(
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    killed, until = start(), time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < until:
-        assert killed.poll() is None
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    killed = start()
+    kill_at_first_checkpoint(killed, tmp_path / "killed")
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed/model").exists()
     again = start()
     output, _ = again.communicate(timeout=240)

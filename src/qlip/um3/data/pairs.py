@@ -169,13 +169,13 @@ class PairRows:
         ):
             rng = generator(self.seed, self.kind, epoch, number)
             text = draw_caption(RawSample(b"", captions, label, key), self.stream.templates, rng)
+            ids = self.builder.text_ids(self.kind, text or "")
             fault = "has no caption" if text is None or not text.strip() else size_fault(indices, self.builder.config)
             if fault is not None:
                 skipped.append(SkippedSample(key, self.name, fault))
-                lost += len(self.builder.text_ids(self.kind, text or "")) + indices.numel()
+                lost += len(ids) + indices.numel()
                 continue
-            dropped = rng.random() < self.dropout
-            texts.append([] if dropped else self.builder.text_ids(self.kind, text or ""))
+            texts.append([] if rng.random() < self.dropout else ids)
             images.append(indices)
         lengths = [len(one) for one in texts]
         kept = fit(lengths, self.length - len(images) * self.builder.cost)
