@@ -227,6 +227,17 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def test_run__says_that_a_cpu_has_no_bfloat16(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(recipe_file), ["schedule.steps=1", "optimizer={name: muon, muon_precision: bfloat16}"])
+    for has, count in ((False, 1), (True, 0)):
+        monkeypatch.setattr(sys.modules[run.__module__], "multiplies_bfloat16", lambda device, has=has: has)
+        assert run(recipe, tmp_path / str(has)).finished
+        note = "this CPU has no bfloat16 (avx512_bf16, AMX): with optimizer.muon_precision=float32 a step"
+        assert " ".join(capsys.readouterr().err.split()).count(note) == count
+
+
 def test_skip_limit__counts_images_not_their_occurrences(
     recipe_file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,16 @@ def total_memory() -> int | None:
         return None
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16, as far as PyTorch knows.
+
+    A CPU without them (AVX2) multiplies one by one, many times slower than in float32.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @cache
 def survive_fork() -> None:
     """Let forked children of this process compute, with one thread; called when a model is loaded.

@@ -7,6 +7,7 @@ A run folder holds ``recipe.yaml`` (resolved), ``sessions.json`` (versions and g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qlip.runtime.machine import multiplies_bfloat16
 from qlip.training.job import Job, Kind, find_kind
 from qlip.training.log.loggers import require_packages
 from qlip.training.optim.ema import EMA
@@ -77,7 +79,7 @@ def _run(recipe: RunRecipe, kind: Kind, folder: Path, parallel: Parallel) -> Out
     open_log = partial(job.open_log, recipe, parallel, folder)
     trainer = Trainer(job.task, recipe, parallel, checkpoints, job.feed, open_log, ema, job.hooks)
     parallel.say(_first_line(recipe, job, trainer.progress.step, folder, parallel.world))
-    for note in recipe.notes:
+    for note in [*recipe.notes, *_slow_types(recipe, parallel.device)]:
         parallel.say(note)
     trainer.run(on_first_batch=lambda: claim(folder, recipe))
     finished = trainer.progress.step >= recipe.schedule.steps
@@ -88,6 +90,15 @@ def _run(recipe: RunRecipe, kind: Kind, folder: Path, parallel: Parallel) -> Out
     exported = folder / "model" if finished else checkpoints.latest()
     assert exported is not None
     return Outcome(finished, trainer.progress.step, exported, trainer.stopped_by, parallel.first)
+
+
+def _slow_types(recipe: RunRecipe, device: torch.device) -> Iterator[str]:
+    """Yield a note about the recipe's products in bfloat16 where the device has no instructions for them."""
+    muon = recipe.optimizer.muon_precision if recipe.optimizer.name == "muon" else "float32"
+    settings = {"precision": recipe.precision, "optimizer.muon_precision": muon}
+    slow = [f"{name}=float32" for name, value in settings.items() if value == "bfloat16"]
+    if slow and not multiplies_bfloat16(device):
+        yield f"this CPU has no bfloat16 (avx512_bf16, AMX): with {' '.join(slow)} a step is many times faster"
 
 
 def _first_line(recipe: RunRecipe, job: Job[Any], step: int, folder: Path, world: int) -> str:
