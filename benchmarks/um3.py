@@ -41,7 +41,7 @@ from qlip.errors import QLIPError
 from qlip.evaluation.evaluators.base import MetricResult
 from qlip.evaluation.prompt_suites import draw_suite, scenes, score_scenes
 from qlip.evaluation.prompt_suites.run import Draw
-from qlip.evaluation.run.scene_answers import collect
+from qlip.evaluation.run.scene_answers import collect, questions_of
 from qlip.evaluation.run.scene_captions import caption_columns, collect_captions
 from qlip.lm.guidance import Constant
 from qlip.lm.model import DecoderModel
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changed values of the recipe")
     parser.add_argument("--talker", default="vlm/nano", help="recipe of the talker of the part unity")
     parser.add_argument("--drawer", default="t2i/scenes", help="recipe of the drawer of the part unity")
-    parser.add_argument("--rate", type=float, default=8.0, help="factor of the rates of the part stability")
+    parser.add_argument("--rate", type=float, default=32.0, help="factor of the rates of the part stability")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants that are trained; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--cpu-seconds", type=float, default=1200.0, help="of each training")
@@ -303,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, results: timed.Results) -> None:
     """Train what is missing, seed by seed; variants of two parts that are one recipe are one training."""
+    questions_of("seen", options.per_kind)  # a wrong number is refused before hours of training
     recipe = timed.load(options.recipe, options.set)
     every = {part: variants(part, recipe, options.rate) for part in options.parts}
     names = {name for of_part in every.values() for name in of_part}

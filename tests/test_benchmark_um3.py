@@ -25,7 +25,7 @@ from qlip.um3.sequence import VISUAL, indices_of, whole_image
 from qlip.um3.session import UM3Chat, UM3Settings
 
 POINT = (2.0, 40, 1.0, 1.5, 300.0, 310.0, 2.5)
-OPTIONS = argparse.Namespace(cpu_seconds=0.2, scenes=2, per_kind=2, documents=1, rate=8.0)
+OPTIONS = argparse.Namespace(cpu_seconds=0.2, scenes=2, per_kind=2, documents=1, rate=32.0)
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +141,10 @@ def test_study__continues_after_a_kill_with_what_is_missing(
     um3.main(["softmax", "unity", *arguments])
     um3.main(["softmax", "calmdown", "--only", "separate", "calm-down", "constant 0.3", "text alone", *arguments])
     um3.main(["softmax", "calmdown", *arguments])
+    trained = len(done)
+    with pytest.raises(QLIPError, match="1 questions of each kind: seen has 2 to"):
+        um3.main(["rows", *arguments[:1], str(tmp_path / "other"), "--per-kind", "1"])
+    assert len(done) == trained
     with pytest.raises(QLIPError, match="--only deep: softmax has joint, separate"):
         um3.main(["softmax", "--only", "deep", *arguments])
     assert done[:4] == [f"softmax-{name}-{seed}" for seed in (0, 1) for name in ("separate", "joint")]
