@@ -51,7 +51,7 @@ def rotary_table(config: DecoderConfig, device: torch.device | None = None) -> T
     """
     pairs, prefix, steps = config.head_width // 2, config.prefix_length, config.num_steps
     if config.rotary == "axial":
-        turns = _powers(config.rotary_base, pairs, device)  # (d / 4,)
+        turns = _exact_powers(config.rotary_base, pairs, device)  # (d / 4,)
         token = torch.arange(steps, device=device) // (config.num_groups // config.groups_per_step)
         angles = torch.cat(
             [torch.outer(at.float(), turns) for at in (token // config.grid[1], token % config.grid[1])], 1
@@ -98,8 +98,17 @@ def turn_table(positions: Tensor, turns: Tensor) -> Tensor:
 
 
 def _powers(base: float, lanes: int, device: torch.device | None) -> Tensor:
-    """base^(-2i / lanes) for i = 0 .. lanes / 2 - 1, in float32 as LlamaGen and transformers compute it."""
+    """base^(-2i / lanes) for i = 0 .. lanes / 2 - 1, in float32 as transformers computes it on this machine."""
     return 1.0 / (base ** (torch.arange(0, lanes, 2, device=device, dtype=torch.float32) / lanes))
+
+
+def _exact_powers(base: float, lanes: int, device: torch.device | None) -> Tensor:
+    """See `_powers`; each power is rounded from float64, so all machines have LlamaGen's published angles.
+
+    PyTorch's power in float32 differs between CPUs in the last bit, which row 23 makes 2e-6 of a radian.
+    """
+    exponents = (torch.arange(0, lanes, 2, device="cpu", dtype=torch.float32) / lanes).tolist()
+    return 1.0 / torch.tensor([base**one for one in exponents], device=device, dtype=torch.float32)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
