@@ -98,9 +98,9 @@ def total_memory() -> int | None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for products in bfloat16, as far as PyTorch knows.
+    """Return whether oneDNN multiplies bfloat16 on a CPU; True for other devices, and without oneDNN.
 
-    A CPU without them (AVX2) multiplies one by one, many times slower than in float32.
+    With AVX2 alone it does not, and products take many times as long as in float32.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return True
